@@ -1,0 +1,1 @@
+"""Expert placement and load balancing for mixture-of-experts models."""

@@ -1,0 +1,20 @@
+"""Array fields of frozen value objects: one dtype, contiguous, read-only, compared by value."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+__all__ = ["FloatArray", "IntArray", "frozen_array"]
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+def frozen_array(values: ArrayLike, dtype: DTypeLike) -> NDArray[Any]:
+    """Return a contiguous read-only copy of ``values`` in ``dtype``."""
+    array = np.array(values, dtype=dtype, order="C", copy=True)
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,164 @@
+"""What a placement makes of loads: rank loads, imbalance, balancedness, dispatch receive.
+
+Defined once, here. A *load* is in rows: token-expert pairs a rank receives (``receive_rows``).
+Tokens received, each counted once a rank, need token routings: :mod:`eplb.receive`.
+Shape letters: W windows, L layers, E logical experts, S slots, R ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from eplb.arrays import FloatArray
+from eplb.errors import InvalidInput
+from eplb.load_profile import LoadProfile
+from eplb.slots import Placement
+from eplb.split import slot_share
+from eplb.topology import Topology
+
+__all__ = ["Balance", "evaluate", "imbalance", "rank_load"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """Figures of one placement on one set of windows.
+
+    Parameters
+    ----------
+    imbalance_mean : float
+        Mean over layers and windows of max / mean rank load (at least 1).
+    imbalance_p95, imbalance_worst : float
+        Over windows, each scored by its mean over layers: what a step costs.
+    imbalance_worst_layer : float
+        The largest value of one layer in one window.
+    balancedness : float
+        Sum of mean rank loads / sum of largest rank loads, over layers and windows (at most 1).
+    max_receive_rows_mean, max_receive_rows_worst : float
+        The largest dispatch receive over the ranks, in rows: its mean over layers and windows, and
+        the largest. This is the figure that DeepSeek's expert-parallel balancer minimises.
+    by_layer, by_scenario : mapping
+        The same figures within one layer (by layer id) and one scenario (by name); empty inside
+        these.
+    """
+
+    imbalance_mean: float
+    imbalance_p95: float
+    imbalance_worst: float
+    imbalance_worst_layer: float
+    balancedness: float
+    max_receive_rows_mean: float
+    max_receive_rows_worst: float
+    by_layer: Mapping[int, Balance] = field(default_factory=dict)
+    by_scenario: Mapping[str, Balance] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, object]:
+        """Return JSON values; layer ids become strings, as JSON keys do."""
+        figures: dict[str, object] = {
+            name: getattr(self, name)
+            for name in self.__dataclass_fields__
+            if name not in ("by_layer", "by_scenario")
+        }
+        if self.by_layer:
+            figures["by_layer"] = {str(k): v.to_dict() for k, v in self.by_layer.items()}
+        if self.by_scenario:
+            figures["by_scenario"] = {k: v.to_dict() for k, v in self.by_scenario.items()}
+        return figures
+
+
+def rank_load(
+    profile: LoadProfile, placement: Placement, topology: Topology, split: str
+) -> FloatArray:
+    """Return the rows each rank receives, shape [W, L, R], for the profile's layers.
+
+    Raises
+    ------
+    InvalidInput
+        Profile, placement and topology do not fit each other, or the split rule is unknown.
+    PlacementInvalid
+        A layer of the profile is not in the placement.
+    """
+    if placement.num_slots != topology.num_slots:
+        raise InvalidInput(
+            f"the placement has {placement.num_slots} slots a layer and the topology "
+            f"{topology.num_slots} ({topology.label}); give the topology it was made for"
+        )
+    if profile.num_experts != placement.num_experts:
+        raise InvalidInput(
+            f"{profile.source} has {profile.num_experts} experts and the plan "
+            f"{placement.num_experts}; give a profile of the plan's model"
+        )
+    phys_to_log_LS = placement.of_layers(profile.layer_ids)
+    share_LS = slot_share(phys_to_log_LS, placement.num_experts, topology, split)
+    load_WLR = np.empty((profile.num_windows, profile.num_layers, topology.num_ranks))
+    # Layer by layer: the slots' loads of all layers at once would be the largest array around.
+    for layer in range(profile.num_layers):
+        load_WS = profile.counts_WLE[:, layer].take(phys_to_log_LS[layer], axis=1, mode="wrap")
+        load_WS *= share_LS[layer]
+        load_WLR[:, layer] = load_WS.reshape(len(load_WS), topology.num_ranks, -1).sum(axis=2)
+    return load_WLR
+
+
+def imbalance(rank_load_WLR: FloatArray) -> FloatArray:
+    """Return max / mean over the last axis; NaN where there is no load, which scores nothing."""
+    mean = rank_load_WLR.mean(axis=-1)
+    ratio = np.full(mean.shape, np.nan)
+    np.divide(rank_load_WLR.max(axis=-1), mean, out=ratio, where=mean > 0)
+    return ratio
+
+
+def evaluate(
+    profile: LoadProfile, placement: Placement, topology: Topology, split: str
+) -> Balance:
+    """Score a placement on every window of a profile, without fitting anything.
+
+    Raises
+    ------
+    InvalidInput, PlacementInvalid
+        As :func:`rank_load`.
+    """
+    load_WLR = rank_load(profile, placement, topology, split)
+    ratio_WL = imbalance(load_WLR)
+    max_WL = load_WLR.max(axis=2)
+    mean_WL = load_WLR.mean(axis=2)
+    scenario_W = np.array(profile.scenario_W)
+    return _balance(
+        ratio_WL,
+        max_WL,
+        mean_WL,
+        by_layer={
+            layer_id: _balance(*(a[:, [layer]] for a in (ratio_WL, max_WL, mean_WL)))
+            for layer, layer_id in enumerate(profile.layer_ids)
+        },
+        by_scenario={
+            name: _balance(*(a[scenario_W == name] for a in (ratio_WL, max_WL, mean_WL)))
+            for name in profile.scenarios
+        },
+    )
+
+
+def _balance(
+    ratio_WL: FloatArray,
+    max_WL: FloatArray,
+    mean_WL: FloatArray,
+    *,
+    by_layer: Mapping[int, Balance] | None = None,
+    by_scenario: Mapping[str, Balance] | None = None,
+) -> Balance:
+    # Windows in which these layers had no load are not steps and are not scored.
+    scored_W = ~np.isnan(ratio_WL).all(axis=1)
+    ratio_WL = ratio_WL[scored_W]
+    step_W = np.nanmean(ratio_WL, axis=1)
+    return Balance(
+        imbalance_mean=float(np.nanmean(ratio_WL)),
+        imbalance_p95=float(np.percentile(step_W, 95)),
+        imbalance_worst=float(step_W.max()),
+        imbalance_worst_layer=float(np.nanmax(ratio_WL)),
+        balancedness=float(mean_WL.sum() / max_WL.sum()),
+        max_receive_rows_mean=float(max_WL[scored_W].mean()),
+        max_receive_rows_worst=float(max_WL.max()),
+        by_layer=by_layer or {},
+        by_scenario=by_scenario or {},
+    )

@@ -1,0 +1,154 @@
+"""A placement: which logical expert each slot of each layer holds.
+
+One array says it all; replica counts and the inverse map are derived from it.
+Shape letters: L layers, E logical experts, S slots, R ranks, X replicas of the most replicated
+expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb.arrays import IntArray, frozen_array
+from eplb.errors import PlacementInvalid
+
+__all__ = ["EMPTY", "Placement", "initial_placement", "log_to_phys", "replica_count"]
+
+EMPTY = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Placement:
+    """Logical expert of each slot.
+
+    Parameters
+    ----------
+    phys_to_log_LS : array of int, shape [L, S]
+        Logical expert in each slot, -1 for an empty slot. Every expert has at least one slot.
+    layer_ids : sequence of int, length L
+        Absolute decoder layer id of each row.
+    num_experts : int
+        E, logical experts of a layer.
+
+    Raises
+    ------
+    PlacementInvalid
+        A slot holds an expert that does not exist, an expert has no slot, or shapes disagree.
+    """
+
+    phys_to_log_LS: IntArray
+    layer_ids: tuple[int, ...]
+    num_experts: int
+
+    def __post_init__(self) -> None:
+        slots = np.asarray(self.phys_to_log_LS)
+        if slots.ndim != 2 or slots.dtype.kind not in "iu" or 0 in slots.shape:
+            raise PlacementInvalid(
+                "a placement must be whole numbers of the shape [layers, slots], got "
+                f"{slots.dtype} of {list(slots.shape)}"
+            )
+        if len(self.layer_ids) != slots.shape[0]:
+            raise PlacementInvalid(
+                f"{len(self.layer_ids)} layer ids for {slots.shape[0]} layers of slots"
+            )
+        object.__setattr__(self, "phys_to_log_LS", frozen_array(slots, np.int64))
+        object.__setattr__(self, "layer_ids", tuple(int(i) for i in self.layer_ids))
+        unknown = (self.phys_to_log_LS < EMPTY) | (self.phys_to_log_LS >= self.num_experts)
+        if unknown.any():
+            layer, slot = (int(i) for i in np.argwhere(unknown)[0])
+            raise PlacementInvalid(
+                f"layer {self.layer_ids[layer]}, slot {slot}: unknown expert "
+                f"{int(self.phys_to_log_LS[layer, slot])}; experts are 0 to "
+                f"{self.num_experts - 1}, or -1 for an empty slot"
+            )
+        missing = replica_count(self.phys_to_log_LS, self.num_experts) == 0
+        if missing.any():
+            layer, expert = (int(i) for i in np.argwhere(missing)[0])
+            raise PlacementInvalid(
+                f"layer {self.layer_ids[layer]}: expert {expert} is missing; every logical expert "
+                "needs a slot, or its tokens would be lost"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Placement):
+            return NotImplemented
+        return (
+            self.num_experts == other.num_experts
+            and self.layer_ids == other.layer_ids
+            and np.array_equal(self.phys_to_log_LS, other.phys_to_log_LS)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return int(self.phys_to_log_LS.shape[0])
+
+    @property
+    def num_slots(self) -> int:
+        """S, over all ranks."""
+        return int(self.phys_to_log_LS.shape[1])
+
+    def of_layers(self, layer_ids: Sequence[int]) -> IntArray:
+        """Return the rows of ``phys_to_log_LS`` for these layers, in this order.
+
+        Raises
+        ------
+        PlacementInvalid
+            A layer is not part of this placement.
+        """
+        row_of = {layer_id: row for row, layer_id in enumerate(self.layer_ids)}
+        absent = [i for i in layer_ids if i not in row_of]
+        if absent:
+            raise PlacementInvalid(
+                f"layer {absent[0]} has load and is not in the plan, whose layers are "
+                f"{self.layer_ids[0]} to {self.layer_ids[-1]}; plan it, or use the profile of "
+                "this plan's model"
+            )
+        rows: IntArray = self.phys_to_log_LS[[row_of[i] for i in layer_ids]]
+        return rows
+
+
+def replica_count(phys_to_log_LS: IntArray, num_experts: int) -> IntArray:
+    """Return the number of slots each expert holds, shape [L, E]. Empty slots do not count."""
+    num_layers = phys_to_log_LS.shape[0]
+    filled = phys_to_log_LS >= 0
+    cell = phys_to_log_LS + np.arange(num_layers)[:, np.newaxis] * num_experts
+    count = np.bincount(cell[filled], minlength=num_layers * num_experts)
+    return count.reshape(num_layers, num_experts)
+
+
+def log_to_phys(phys_to_log_LS: IntArray, num_experts: int) -> IntArray:
+    """Return the slots of each expert in increasing order, padded with -1, shape [L, E, X]."""
+    count_LE = replica_count(phys_to_log_LS, num_experts)
+    inverse = np.full((*count_LE.shape, int(count_LE.max())), EMPTY, dtype=np.int64)
+    by_expert_LS: NDArray[np.intp] = np.argsort(phys_to_log_LS, axis=1, kind="stable")
+    for layer, slots in enumerate(by_expert_LS):
+        filled = slots[np.count_nonzero(phys_to_log_LS[layer] < 0) :]
+        expert = phys_to_log_LS[layer, filled]
+        first = np.cumsum(count_LE[layer]) - count_LE[layer]
+        inverse[layer, expert, np.arange(len(filled)) - first[expert]] = filled
+    return inverse
+
+
+def initial_placement(layer_ids: Sequence[int], num_experts: int, num_slots: int) -> Placement:
+    """Return what engines start with: experts in order of id, and again from 0 on.
+
+    vLLM 0.33 and SGLang 0.5.23 both fill slot ``s`` with expert ``s % num_experts``.
+
+    Raises
+    ------
+    PlacementInvalid
+        Fewer slots than experts.
+    """
+    row = np.arange(num_slots) % num_experts
+    return Placement(
+        phys_to_log_LS=np.tile(row, (len(layer_ids), 1)),
+        layer_ids=tuple(layer_ids),
+        num_experts=num_experts,
+    )

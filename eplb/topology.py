@@ -1,0 +1,132 @@
+"""The machine a plan is made for: nodes, ranks, slots, and the links between ranks.
+
+Presets carry the published figures of common clusters; what they say of bandwidth prices
+migrations and is never used to score a placement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from eplb.errors import InvalidInput, unknown_name
+
+__all__ = ["TOPOLOGY_PRESETS", "Topology", "topology_preset"]
+
+# Far above any machine there is; keeps a typing error from asking for terabytes of slots.
+MAX_SLOTS = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Topology:
+    """Ranks of an expert-parallel group, node by node.
+
+    Slot ``s`` lies on rank ``s // slots_per_rank`` and rank ``r`` on node ``r // ranks_per_node``.
+
+    Parameters
+    ----------
+    num_nodes, ranks_per_node, slots_per_rank : int
+        At least 1 each. A slot holds the weights of one expert of one layer.
+    name : str, optional
+        The preset it came from.
+    intra_node_bytes_per_s, inter_node_bytes_per_s : float, optional
+        What one rank can send to a peer of its node, and to another node.
+    rank_memory_bytes : int, optional
+        Memory of one rank's accelerator.
+
+    Raises
+    ------
+    InvalidInput
+        A count below 1, a bandwidth that is not positive, or more than 2**20 slots.
+    """
+
+    num_nodes: int
+    ranks_per_node: int
+    slots_per_rank: int
+    name: str | None = None
+    intra_node_bytes_per_s: float | None = None
+    inter_node_bytes_per_s: float | None = None
+    rank_memory_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("num_nodes", "ranks_per_node", "slots_per_rank"):
+            value = getattr(self, field)
+            if type(value) is not int or value < 1:
+                raise InvalidInput(f"{field} must be a whole number of at least 1, got {value!r}")
+        for field in ("intra_node_bytes_per_s", "inter_node_bytes_per_s", "rank_memory_bytes"):
+            value = getattr(self, field)
+            if value is not None and not 0 < value < float("inf"):
+                raise InvalidInput(f"{field} must be positive, got {value!r}")
+        if self.num_slots > MAX_SLOTS:
+            raise InvalidInput(
+                f"{self.num_nodes} nodes x {self.ranks_per_node} ranks x {self.slots_per_rank} "
+                f"slots are {self.num_slots} slots, over the limit of {MAX_SLOTS}; check the counts"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks over all nodes."""
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of one layer over all ranks."""
+        return self.num_ranks * self.slots_per_rank
+
+    @property
+    def label(self) -> str:
+        """Short name as engineers write it: ``EP32x9`` is 32 ranks of 9 slots."""
+        return f"EP{self.num_ranks}x{self.slots_per_rank}"
+
+
+# Figures are for one direction and one rank. Sources:
+#   h800: 160 GB/s NVLink and a 400 Gb/s NIC per GPU, as DeepEP states for its H800 tests
+#     (github.com/deepseek-ai/DeepEP, README, "Performance").
+#   h100, h200: NVLink 4, 900 GB/s both ways (NVIDIA H100 and H200 datasheets); 400 Gb/s ConnectX-7
+#     per GPU (DGX H100/H200 user guide).
+#   b200-nvl72: NVLink 5, 1.8 TB/s both ways, 72 GPUs in one NVLink domain; ConnectX-7 400 Gb/s
+#     per GPU; 186 GB (NVIDIA GB200 NVL72 datasheet).
+#   ascend-910b: 392 GB/s HCCS both ways over the 8 NPUs of a node; 200 Gb/s RoCE per NPU
+#     (Huawei Atlas 800T A2 white paper).
+TOPOLOGY_PRESETS: dict[str, Topology] = {
+    topology.name: topology
+    for topology in (
+        Topology(
+            name=name,
+            num_nodes=1,
+            ranks_per_node=ranks_per_node,
+            slots_per_rank=1,
+            intra_node_bytes_per_s=intra,
+            inter_node_bytes_per_s=inter,
+            rank_memory_bytes=memory,
+        )
+        for name, ranks_per_node, intra, inter, memory in (
+            ("h800", 8, 160e9, 50e9, 80_000_000_000),
+            ("h100", 8, 450e9, 50e9, 80_000_000_000),
+            ("h200", 8, 450e9, 50e9, 141_000_000_000),
+            ("b200-nvl72", 72, 900e9, 50e9, 186_000_000_000),
+            ("ascend-910b", 8, 196e9, 25e9, 64_000_000_000),
+        )
+    )
+    if topology.name is not None
+}
+
+
+def topology_preset(
+    name: str, *, num_nodes: int, slots_per_rank: int, ranks_per_node: int | None = None
+) -> Topology:
+    """Return a cluster of ``num_nodes`` nodes of a preset machine.
+
+    Raises
+    ------
+    InvalidInput
+        The preset is unknown, or a count is not usable.
+    """
+    if name not in TOPOLOGY_PRESETS:
+        raise unknown_name("topology preset", name, TOPOLOGY_PRESETS)
+    preset = TOPOLOGY_PRESETS[name]
+    return replace(
+        preset,
+        num_nodes=num_nodes,
+        slots_per_rank=slots_per_rank,
+        ranks_per_node=preset.ranks_per_node if ranks_per_node is None else ranks_per_node,
+    )

@@ -1,0 +1,2 @@
+if __name__ != "eplb.placement":
+    raise ImportError("import eplb.placement; the bare name would make a second copy of its classes")
