@@ -1,0 +1,78 @@
+"""Writing files so that a crash leaves the old one."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from eplb.errors import InvalidInput
+
+__all__ = ["check_writable", "write_atomic"]
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Return the file that ``path`` leads to, after making sure that it can be written.
+
+    Asked before long work, so that an unwritable output is found first.
+
+    Raises
+    ------
+    InvalidInput
+        The folder is missing or not writable, or the path is not a regular file.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.parent.is_dir():
+        raise InvalidInput(
+            f"cannot write {os.fspath(path)}: the folder {target.parent} does not exist; create "
+            "it first"
+        )
+    if target.exists() and not target.is_file():
+        raise InvalidInput(
+            f"cannot write {os.fspath(path)}: it is not a regular file; name a file"
+        )
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise InvalidInput(
+            f"cannot write {os.fspath(path)}: no permission in {target.parent}; choose another "
+            "folder"
+        )
+    return target
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path`` as a whole: readers see the old file or the new one.
+
+    Raises
+    ------
+    InvalidInput
+        The file cannot be written; nothing was changed.
+    """
+    target = check_writable(path)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+                stream.flush()
+                os.fchmod(stream.fileno(), _mode_for(target))
+                os.fsync(stream.fileno())
+            Path(name).replace(target)
+        except BaseException:
+            with suppress(OSError):
+                Path(name).unlink()
+            raise
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidInput(
+            f"cannot write {os.fspath(path)}: {reason}; choose another place"
+        ) from None
+
+
+def _mode_for(target: Path) -> int:
+    """Return the mode of the file replaced, or what the process gives new files."""
+    if target.exists():
+        return target.stat().st_mode & 0o7777
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

@@ -1,0 +1,133 @@
+"""A plan: a placement with the model and topology it is for, what it is worth, and its origin.
+
+The YAML file it lives in is read and written by :mod:`eplb.plan_file`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from eplb.errors import InvalidInput, PlacementInvalid, unknown_name
+from eplb.model import MoEModel
+from eplb.slots import Placement
+from eplb.split import SPLIT_RULES
+from eplb.topology import Topology
+
+__all__ = ["PLAN_SCHEMA", "Plan", "Quality"]
+
+PLAN_SCHEMA = "eplb/plan@1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """What a plan is worth on the profile it was fitted to.
+
+    Parameters
+    ----------
+    imbalance_mean, imbalance_worst : float
+        As in :class:`eplb.metrics.Balance`.
+    bound_mean : float
+        No placement on these slots has a lower ``imbalance_mean``.
+    gap_mean : float
+        (imbalance_mean - bound_mean) / bound_mean.
+    """
+
+    imbalance_mean: float
+    imbalance_worst: float
+    bound_mean: float
+    gap_mean: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What an engine loads, and what says whether it should.
+
+    Parameters
+    ----------
+    model : MoEModel
+        ``layer_ids`` are those of the placement.
+    topology : Topology
+    placement : Placement
+    split : str
+        The split rule the placement was solved for.
+    statistic : str
+        The statistic over windows that was minimised.
+    quality : Quality, optional
+        Absent in plans written by hand or by another program.
+    provenance : mapping
+        Solver, seed, digest of the profile, versions; JSON values.
+
+    Raises
+    ------
+    InvalidInput, PlacementInvalid
+        The parts do not fit each other.
+    """
+
+    model: MoEModel
+    topology: Topology
+    placement: Placement
+    split: str = "even"
+    statistic: str = "mean"
+    quality: Quality | None = None
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.placement.num_slots != self.topology.num_slots:
+            raise PlacementInvalid(
+                f"layers have {self.placement.num_slots} slots and the topology "
+                f"{self.topology.num_slots} ({self.topology.num_ranks} ranks x "
+                f"{self.topology.slots_per_rank}); they must agree"
+            )
+        if self.placement.num_experts != self.model.num_experts:
+            raise InvalidInput(
+                f"the placement has {self.placement.num_experts} experts and the model "
+                f"{self.model.name} {self.model.num_experts}; they must agree"
+            )
+        if self.placement.layer_ids != self.model.layer_ids:
+            raise InvalidInput("the placement and its model must name the same layers")
+        if self.split not in SPLIT_RULES:
+            raise unknown_name("split rule", self.split, SPLIT_RULES)
+
+    def content(self) -> dict[str, Any]:
+        """Return what the plan decides, as the JSON values that its digest covers."""
+        model = {
+            name: value
+            for name in (
+                "name", "revision", "num_layers", "num_experts", "top_k", "num_groups",
+                "groups_per_token", "hidden_size", "expert_bytes", "num_shared_experts",
+            )
+            if (value := getattr(self.model, name)) is not None
+        }  # fmt: skip
+        topology = {
+            name: value
+            for name in self.topology.__dataclass_fields__
+            if (value := getattr(self.topology, name)) is not None
+        }
+        return {
+            "schema": PLAN_SCHEMA,
+            "model": model,
+            "topology": topology,
+            "split": self.split,
+            "objective": {"statistic": self.statistic},
+            "layers": dict(
+                zip(
+                    self.placement.layer_ids,
+                    self.placement.phys_to_log_LS.tolist(),
+                    strict=True,
+                )
+            ),
+        }
+
+    def digest(self) -> str:
+        """Return ``sha256:`` and the digest that ranks agree on before they load the plan."""
+        return content_digest(self.content())
+
+
+def content_digest(content: Mapping[str, Any]) -> str:
+    """Digest JSON values: keys sorted (layer ids as numbers), no spaces, ASCII, SHA-256."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode("ascii")).hexdigest()
