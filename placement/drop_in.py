@@ -16,6 +16,9 @@ from eplb.slots import replica_count
 
 __all__ = ["rebalance_experts"]
 
+# DeepSeek's arithmetic is float32, whose largest number is 3.4e38.
+MAX_LAYER_LOAD = 1e38
+
 
 def rebalance_experts(
     weight: Any, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
@@ -100,9 +103,12 @@ def _check_load(load: NDArray[Any]) -> NDArray[np.float32]:
             f"weight must be numbers of the shape [layers, experts], got {load.dtype} of "
             f"{list(load.shape)}"
         )
-    load_LE = np.ascontiguousarray(load, np.float32)
-    if not np.isfinite(load_LE).all() or (load_LE < 0).any():
-        raise InvalidInput("weight holds negative, NaN or infinite loads; give counts of tokens")
+    with np.errstate(over="ignore"):
+        load_LE = np.ascontiguousarray(load, np.float32)
+    if np.isnan(load_LE).any() or (load_LE < 0).any():
+        raise InvalidInput("weight holds negative or NaN loads; give counts of tokens")
+    if load_LE.sum(axis=1, dtype=np.float64).max() > MAX_LAYER_LOAD:
+        raise InvalidInput("weight is too large to add up in float32; scale it down")
     # -0.0 would sort apart from 0.0.
     return load_LE + np.float32(0)
 

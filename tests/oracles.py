@@ -45,7 +45,7 @@ def _rebalance_layer(load_E, num_slots, num_groups, num_nodes, num_ranks):
     """One layer: its slots, and for each expert the slots of its replicas as they were made."""
     group_size = len(load_E) // num_groups
     members = [range(g * group_size, (g + 1) * group_size) for g in range(num_groups)]
-    # Not a running sum: torch and numpy both add pairwise, which matters in the last bit.
+    # torch adds in another order than numpy: sums that are not exact differ in the last bit.
     group_load = [np.array([load_E[e] for e in m], np.float32).sum() for m in members]
     ranks_per_node = num_ranks // num_nodes
     row: list[int] = []

@@ -89,6 +89,11 @@ def test_two_dimensions_are_one_window_and_ids_count_from_zero() -> None:
     assert (found.scenario_W, found.phase_W) == (("default",), ("mixed",))
 
 
+@pytest.mark.parametrize("dtype", ["bool", "uint8", "uint16", "int64", "float16", "float32"])
+def test_counts_of_every_dtype_are_read_without_a_warning(dtype: str) -> None:
+    assert profile(np.ones((1, 2), dtype)).counts_WLE.tolist() == [[[1, 1]]]
+
+
 def test_arrays_are_copies_and_read_only() -> None:
     counts_WLE = np.ones((1, 1, 2))
     found = profile(counts_WLE)

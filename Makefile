@@ -1,0 +1,45 @@
+# Thin targets: the commands are what a user without make types (see README.md).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+LINKS := build/__editable__.eplb_toolkit-0.1.0-py3-none-any
+
+.PHONY: demo test check format benchmark clean
+
+demo: $(VENV)/.installed
+	$(BIN)/eplb demo
+
+test: $(VENV)/.tested
+	$(BIN)/pytest
+
+check: $(VENV)/.tested
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	MYPYPATH=$(LINKS) $(BIN)/mypy -p eplb
+	$(BIN)/mypy benchmarks tools
+
+format: $(VENV)/.tested
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+benchmark: $(VENV)/.tested
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-plan.yaml
+
+# The editable install links single files, so a folder that changes asks for it again.
+FOLDERS := eplb cli placement profiles profiles/data runtime
+EDITABLE := install -q -c constraints.txt -e . --config-settings editable_mode=strict
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt $(FOLDERS)
+	$(BIN)/pip $(EDITABLE)
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/pip install -q "pip>=25.1"
+	$(BIN)/pip install -q -c constraints.txt --group dev -e ".[runtime]" --config-settings editable_mode=strict
+	touch $@

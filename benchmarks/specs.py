@@ -1,0 +1,126 @@
+"""The benchmarks: reading, solving, checking, evaluating, plan files."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from registry import SIZES, register, synthetic_counts
+
+import eplb
+from eplb.load_profile import LoadProfile
+from eplb.model import MoEModel
+from eplb.placement.bound import layer_bounds
+from eplb.placement.greedy import place_greedy
+from eplb.plan import Plan, Quality
+from eplb.problem import Problem
+from eplb.topology import Topology
+
+_ALL_SIZES = tuple(SIZES)
+_ALL_SEVERITIES = ("uniform", "skewed", "one-hot")
+
+
+@register(size=_ALL_SIZES, severity=_ALL_SEVERITIES)
+def greedy(size: str, severity: str) -> Callable[[], Any]:
+    """Place with replicas on distinct ranks, as ``eplb plan`` does."""
+    load_LE = synthetic_counts(SIZES[size], severity)[0].astype(np.float32)
+    dims = {"num_slots": SIZES[size].slots, "num_ranks": SIZES[size].ranks}
+    return lambda: place_greedy(load_LE, distinct_ranks=True, **dims)
+
+
+@register(size=_ALL_SIZES, severity=("skewed",))
+def rebalance_experts(size: str, severity: str) -> Callable[[], Any]:
+    """Run the drop-in for DeepSeek's function, results included."""
+    weight = synthetic_counts(SIZES[size], severity)[0]
+    return lambda: eplb.rebalance_experts(weight, SIZES[size].slots, 1, 1, SIZES[size].ranks)
+
+
+@register(size=("ep32", "ep144"), severity=("skewed", "one-hot"))
+def lower_bound(size: str, severity: str) -> Callable[[], Any]:
+    """Bound a greedy solution."""
+    problem = _problem(size, severity, windows=1)
+    balance = eplb.solve(problem).balance
+    imbalance_L = np.array([layer.imbalance_mean for layer in balance.by_layer.values()])
+    return lambda: layer_bounds(problem, imbalance_L)
+
+
+@register(size=("ep32", "ep144"), severity=("skewed",))
+def check(size: str, severity: str) -> Callable[[], Any]:
+    """Check a plan independently against its profile."""
+    problem = _problem(size, severity, windows=1)
+    plan = _plan(problem)
+    return lambda: eplb.check_plan(plan, problem.profile, distinct_ranks=True)
+
+
+@register(size=("ep32", "ep144"), severity=("drift",), windows=("480",))
+def evaluate(size: str, severity: str, windows: str) -> Callable[[], Any]:
+    """Score a plan on many windows."""
+    problem = _problem(size, severity, windows=int(windows))
+    plan = _plan(problem)
+    return lambda: eplb.evaluate(problem.profile, plan.placement, plan.topology, plan.split)
+
+
+@register(size=("ep32",), severity=("drift",), windows=("1", "480"))
+def read_profile(size: str, severity: str, windows: str) -> Callable[[], Any]:
+    """Read a compressed ``.npz``."""
+    path = _scratch("profile.npz")
+    np.savez_compressed(path, counts=synthetic_counts(SIZES[size], severity, int(windows)))
+    return lambda: eplb.read_profile(path)
+
+
+@register(size=("ep32", "ep144"), severity=("skewed",))
+def write_plan(size: str, severity: str) -> Callable[[], Any]:
+    """Write a plan file, synced to disk."""
+    plan, path = _plan(_problem(size, severity, windows=1)), _scratch("plan.yaml")
+    return lambda: eplb.write_plan(plan, path)
+
+
+@register(size=("ep32", "ep144"), severity=("skewed",))
+def read_plan(size: str, severity: str) -> Callable[[], Any]:
+    """Read a plan file, digest checked."""
+    plan, path = _plan(_problem(size, severity, windows=1)), _scratch("plan.yaml")
+    eplb.write_plan(plan, path)
+    return lambda: eplb.read_plan(path)
+
+
+def python_process(code: str) -> list[str]:
+    """Return the command of a fresh interpreter that runs ``code``."""
+    return [sys.executable, "-c", code]
+
+
+def _problem(size: str, severity: str, windows: int) -> Problem:
+    dims = SIZES[size]
+    profile = LoadProfile.from_counts(synthetic_counts(dims, severity, windows))
+    model = MoEModel(name=size, num_experts=dims.experts, layer_ids=profile.layer_ids)
+    topology = Topology(
+        num_nodes=dims.nodes,
+        ranks_per_node=dims.ranks_per_node,
+        slots_per_rank=dims.slots_per_rank,
+    )
+    return Problem(profile=profile, model=model, topology=topology)
+
+
+def _plan(problem: Problem) -> Plan:
+    solution = eplb.solve(problem)
+    return Plan(
+        model=problem.model,
+        topology=problem.topology,
+        placement=solution.placement,
+        quality=Quality(
+            imbalance_mean=solution.balance.imbalance_mean,
+            imbalance_worst=solution.balance.imbalance_worst,
+            bound_mean=solution.bound,
+            gap_mean=solution.gap,
+        ),
+    )
+
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="eplb-benchmark-")
+
+
+def _scratch(name: str) -> Path:
+    return Path(_FOLDER.name) / name

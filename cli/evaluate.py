@@ -1,0 +1,130 @@
+"""``eplb evaluate``: what a plan makes of loads, fitted to or not."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from eplb.cli.options import Name, as_json, profile_arguments, read_windows, windows_option
+from eplb.split import SPLIT_RULES
+
+if TYPE_CHECKING:
+    from eplb.load_profile import LoadProfile
+    from eplb.metrics import Balance
+    from eplb.plan import Plan
+
+__all__ = ["command"]
+
+
+@click.command("evaluate")
+@click.argument("plan_path", metavar="PLAN", type=click.Path())
+@profile_arguments
+@click.option(
+    "--split", type=Name("split rule", SPLIT_RULES),
+    help="Score under this rule instead of the plan's own.",
+)
+@click.option(
+    "--routings", metavar="FILE",
+    help="Token routings [tokens, layers, top_k] (.npy, or FILE.npz:ARRAY): adds the tokens that "
+    "ranks receive, each counted once a rank.",
+)
+@windows_option
+@as_json
+def command(
+    plan_path: str, profiles: tuple[str, ...], split: str | None, routings: str | None,
+    windows: Any, json_: bool,  # noqa: FBT001
+) -> None:
+    """Score a plan on every window of some loads, without fitting anything.
+
+    \b
+    eplb evaluate plan.yaml tomorrow.npz
+    """  # noqa: D301
+    from eplb.cli.show import progress
+    from eplb.metrics import evaluate
+    from eplb.plan_file import read_plan
+
+    plan = read_plan(plan_path)
+    split = split or plan.split
+    with progress("reading profiles"):
+        profile = read_windows(profiles, windows)
+    with progress("evaluating"):
+        balance = evaluate(profile, plan.placement, plan.topology, split)
+        tokens = None if routings is None else _tokens(routings, plan, split)
+    if json_:
+        report = {"plan": plan_path, "split": split, **balance.to_dict()}
+        click.echo(json.dumps(report if tokens is None else {**report, "receive_tokens": tokens}))
+    else:
+        _show(plan, profile, balance, split, tokens)
+
+
+def _tokens(routings: str, plan: Plan, split: str) -> dict[str, float]:
+    """Return the figures of tokens received, for the routings as sampled."""
+    from eplb.metrics import imbalance
+    from eplb.profiles import read_routings
+    from eplb.receive import receive_tokens
+
+    topk_TLK = read_routings(routings)
+    received_LR = receive_tokens(topk_TLK, plan.placement, plan.topology, split)
+    return {
+        "tokens": len(topk_TLK),
+        "max_receive_tokens_mean": float(received_LR.max(axis=1).mean()),
+        "max_receive_tokens_worst": float(received_LR.max()),
+        "imbalance_mean": float(imbalance(received_LR).mean()),
+        "ranks_per_token_mean": float(received_LR.sum(axis=1).mean() / len(topk_TLK)),
+    }
+
+
+def _show(
+    plan: Plan, profile: LoadProfile, balance: Balance, split: str, tokens: dict[str, float] | None
+) -> None:
+    from eplb.cli import show
+    from eplb.cli.plan import profile_line
+    from eplb.metrics import rank_load
+
+    out = show.console()
+    out.print(profile_line(profile))
+    out.print(f"[bold]{plan.topology.label}[/] plan for {plan.model.name}, split {split}")
+    out.print()
+    load_WLR = rank_load(profile, plan.placement, plan.topology, split)
+    out.print(show.layer_table(profile, [("imbalance", balance, load_WLR)]))
+    out.print()
+    fitted = plan.quality if plan.split == split else None
+    figures = show.table("", "here", *(["when planned"] if fitted else []))
+    was = {"imbalance, mean": fitted.imbalance_mean, "imbalance, worst window":
+           fitted.imbalance_worst} if fitted else {}  # fmt: skip
+    for name, value in (
+        ("imbalance, mean", balance.imbalance_mean),
+        ("imbalance, p95 of windows", balance.imbalance_p95),
+        ("imbalance, worst window", balance.imbalance_worst),
+        ("imbalance, worst layer", balance.imbalance_worst_layer),
+        ("balancedness", balance.balancedness),
+    ):
+        figures.add_row(name, show.ratio(value), show.ratio(was[name]) if name in was else None)
+    figures.add_row("max dispatch receive, rows", show.rows(balance.max_receive_rows_mean))
+    if tokens is not None:
+        figures.add_row(
+            f"max dispatch receive, tokens (of {show.rows(tokens['tokens'])})",
+            show.rows(tokens["max_receive_tokens_mean"]),
+        )
+        figures.add_row("imbalance of tokens, mean", show.ratio(tokens["imbalance_mean"]))
+        figures.add_row("ranks a token is sent to", f"{tokens['ranks_per_token_mean']:.2f}")
+    out.print(figures)
+    if len(balance.by_scenario) > 1:
+        out.print()
+        grid = show.table("scenario", "mean", "p95", "worst", "balancedness")
+        for name, part in balance.by_scenario.items():
+            grid.add_row(
+                name,
+                *map(show.ratio, (part.imbalance_mean, part.imbalance_p95, part.imbalance_worst,
+                                  part.balancedness)),
+            )  # fmt: skip
+        out.print(grid)
+    if fitted:
+        out.print()
+        excess, planned = balance.imbalance_mean - 1, fitted.imbalance_mean - 1
+        out.print(
+            f"A step costs {show.percent(excess)} more than balanced ranks would here, "
+            f"{show.percent(planned)} on the loads it was planned for."
+        )

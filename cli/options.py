@@ -1,0 +1,94 @@
+"""Options and argument types that several commands share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import click
+
+from eplb.errors import InvalidInput, unknown_name
+from eplb.load_profile import LoadProfile
+
+__all__ = ["Name", "as_json", "profile_arguments", "read_windows", "windows_option"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Name(click.ParamType):
+    """One of a fixed set of names; a wrong one is answered with the nearest."""
+
+    name = "name"
+
+    def __init__(self, kind: str, known: Iterable[str]) -> None:
+        self.kind, self.known = kind, tuple(known)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        """Return the name if it is known."""
+        if value not in self.known:
+            self.fail(str(unknown_name(self.kind, str(value), self.known)), param, ctx)
+        return str(value)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
+        """Show a short list in full, a long one by what it is."""
+        return "|".join(self.known) if len(self.known) <= 5 else "NAME"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str  # noqa: ARG002
+    ) -> list[click.shell_completion.CompletionItem]:
+        """Complete names."""
+        return [
+            click.shell_completion.CompletionItem(name)
+            for name in self.known
+            if name.startswith(incomplete)
+        ]
+
+
+class Windows(click.ParamType):
+    """A range of windows, ``START:STOP``, either side optional."""
+
+    name = "START:STOP"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | None, int | None]:
+        """Return start and stop."""
+        start, colon, stop = str(value).partition(":")
+        try:
+            if not colon:
+                raise ValueError
+            return (int(start) if start else None, int(stop) if stop else None)
+        except ValueError:
+            self.fail(f"{value!r} is not a range of windows such as 0:120, 120: or :-60", param, ctx)
+
+
+as_json = click.option("--json", "json_", is_flag=True, help="Print one JSON document instead.")
+
+profile_arguments = click.argument(
+    "profiles",
+    nargs=-1,
+    required=True,
+    metavar="PROFILE...",
+    type=click.Path(),
+)
+
+windows_option = click.option(
+    "--windows", type=Windows(), help="Use only these windows of each profile, as 0:120 or 120:."
+)
+
+
+def read_windows(
+    specs: Iterable[str], windows: tuple[int | None, int | None] | None
+) -> LoadProfile:
+    """Read profiles as scenarios, each cut to its windows ``start:stop``."""
+    from eplb.load_profile import merge_profiles
+    from eplb.profiles import read_profile
+
+    profiles = [read_profile(spec) for spec in specs]
+    if windows is not None:
+        profiles = [profile.windows(*windows) for profile in profiles]
+    if not profiles:
+        raise InvalidInput("no profile given; name at least one file")
+    return merge_profiles(profiles)

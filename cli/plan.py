@@ -1,0 +1,309 @@
+"""``eplb plan``: from recorded loads to a checked plan file."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+import numpy as np
+
+from eplb import __version__
+from eplb.cli.options import Name, as_json, profile_arguments, read_windows, windows_option
+from eplb.errors import InvalidInput
+from eplb.load_profile import LoadProfile
+from eplb.model import MODEL_PRESETS, MoEModel, model_preset
+from eplb.placement.solve import SOLVERS, solve
+from eplb.plan import Plan, Quality
+from eplb.problem import STATISTICS, Problem, Solution
+from eplb.split import SPLIT_RULES
+from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["command", "make_plan", "show_plan", "topology_of"]
+
+
+@click.command("plan")
+@profile_arguments
+@click.option("--nodes", type=click.IntRange(min=1), required=True, help="Nodes of the cluster.")
+@click.option(
+    "--ranks-per-node", type=click.IntRange(min=1),
+    help="Ranks (GPUs) of a node; needed unless --topology says.",
+)
+@click.option(
+    "--slots-per-rank", type=click.IntRange(min=1), required=True,
+    help="Routed experts a rank holds for each layer, redundant ones included.",
+)
+@click.option(
+    "--topology", type=Name("topology preset", TOPOLOGY_PRESETS),
+    help="Machine, for bandwidths in the plan: " + ", ".join(TOPOLOGY_PRESETS) + ".",
+)
+@click.option(
+    "--model", type=Name("model preset", MODEL_PRESETS),
+    help="Model, for names and sizes in the plan: " + ", ".join(MODEL_PRESETS) + ".",
+)
+@click.option("--groups", type=click.IntRange(min=1), help="Groups of group-limited routing.")
+@click.option("--hierarchical", is_flag=True, help="Keep each group's experts within a node.")
+@click.option("--solver", type=Name("solver", SOLVERS), default="greedy", show_default=True)
+@click.option(
+    "--objective", type=Name("objective", STATISTICS), default="mean", show_default=True,
+    help="Statistic over windows that is minimised.",
+)
+@click.option(
+    "--split", type=Name("split rule", SPLIT_RULES), default="even", show_default=True,
+    help="How tokens of an expert divide over its replicas.",
+)
+@click.option(
+    "--shared-ranks", is_flag=True,
+    help="Allow two replicas of an expert on one rank, as DeepSeek's EPLB does.",
+)
+@click.option("--time-limit", type=click.FloatRange(min=0), help="Seconds, for anytime solvers.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@windows_option
+@click.option("-o", "--output", type=click.Path(), required=True, metavar="PLAN")
+@as_json
+def command(  # noqa: D417
+    profiles: tuple[str, ...], output: str, json_: bool, windows: Any, **options: Any  # noqa: FBT001
+) -> None:
+    """Plan replicas and placement for recorded loads, and prove how good the plan is.
+
+    PROFILE is a recording (.npz, .npy, .csv, or a dump of SGLang: .json, .pt), or one array of it
+    as FILE.npz:ARRAY. Several profiles are scenarios of one plan.
+
+    \b
+    eplb plan loads.npz --nodes 4 --ranks-per-node 8 --slots-per-rank 9 -o plan.yaml
+    """  # noqa: D301
+    from eplb.cli.show import progress
+    from eplb.files import check_writable
+
+    check_writable(output)
+    topology = topology_of(options)
+    with progress("reading profiles"):
+        profile = read_windows(profiles, windows)
+    problem = Problem(
+        profile=profile,
+        model=_model_of(profile, options),
+        topology=topology,
+        split=options["split"],
+        statistic=options["objective"],
+        distinct_ranks=not options["shared_ranks"],
+        groups_in_nodes=options["hierarchical"],
+    )
+    with progress("solving"):
+        solution = solve(
+            problem,
+            options["solver"],
+            seed=options["seed"],
+            time_limit_s=options["time_limit"],
+        )
+    plan = make_plan(problem, solution, output)
+    if json_:
+        click.echo(json.dumps(plan_report(plan, solution, output)))
+    else:
+        show_plan(problem, solution, plan, output)
+
+
+def topology_of(options: dict[str, Any]) -> Topology:
+    """Return the topology that the options describe."""
+    counts = {"num_nodes": options["nodes"], "slots_per_rank": options["slots_per_rank"]}
+    if options["topology"] is not None:
+        return topology_preset(
+            options["topology"], ranks_per_node=options["ranks_per_node"], **counts
+        )
+    if options["ranks_per_node"] is None:
+        raise InvalidInput("--ranks-per-node is missing; give it, or a machine with --topology")
+    return Topology(ranks_per_node=options["ranks_per_node"], **counts)
+
+
+def _model_of(profile: LoadProfile, options: dict[str, Any]) -> MoEModel:
+    """Return the model named by an option or the profile, else one that is known by its shape."""
+    name, groups = options["model"], options["groups"]
+    recorded = profile.metadata.get("model")
+    if name is None and isinstance(recorded, str) and recorded in MODEL_PRESETS:
+        name = recorded
+    if name is not None:
+        model = model_preset(name)
+        # A recording may lack layers, or have multi-token prediction layers after the last one.
+        strange = [
+            i
+            for i in profile.layer_ids
+            if i not in model.layer_ids and (model.num_layers is None or i < model.num_layers)
+        ]
+        if strange:
+            raise InvalidInput(
+                f"{profile.source} has load in layer {strange[0]}, where {name} has no experts; "
+                "choose the model the loads were recorded from"
+            )
+        model = replace(model, layer_ids=profile.layer_ids)
+    else:
+        model = MoEModel(
+            name=recorded if isinstance(recorded, str) else "unknown",
+            num_experts=profile.num_experts,
+            layer_ids=profile.layer_ids,
+            num_groups=_recorded_count(profile, "num_groups") or 1,
+            top_k=_recorded_count(profile, "top_k"),
+        )
+    if groups is not None and groups != model.num_groups:
+        if model.num_experts % groups:
+            raise InvalidInput(
+                f"--groups {groups} does not divide the {model.num_experts} experts of a layer"
+            )
+        model = replace(
+            model, num_groups=groups, groups_per_token=min(model.groups_per_token, groups)
+        )
+    if options["hierarchical"] and groups is None and model.num_groups == 1:
+        raise InvalidInput(
+            "--hierarchical needs the number of routing groups; give --groups, or a --model that "
+            "has groups"
+        )
+    return model
+
+
+def _recorded_count(profile: LoadProfile, key: str) -> int | None:
+    value = profile.metadata.get(key)
+    return value if type(value) is int and 0 < value <= profile.num_experts else None
+
+
+def make_plan(problem: Problem, solution: Solution, output: str) -> Plan:
+    """Assemble a plan, have it checked independently, and write it."""
+    from eplb.check import check_plan
+    from eplb.plan_file import write_plan
+
+    plan = Plan(
+        model=problem.model,
+        topology=problem.topology,
+        placement=solution.placement,
+        split=problem.split,
+        statistic=problem.statistic,
+        quality=Quality(
+            imbalance_mean=solution.balance.imbalance_mean,
+            imbalance_worst=solution.balance.imbalance_worst,
+            bound_mean=solution.bound,
+            gap_mean=solution.gap,
+        ),
+        provenance={
+            "solver": solution.solver,
+            "policy": "hierarchical" if problem.groups_in_nodes else "global",
+            "distinct_ranks": problem.distinct_ranks,
+            "seed": solution.seed,
+            "status": solution.status,
+            "stop_reason": solution.stop_reason,
+            "profile": problem.profile.source,
+            "profile_windows": problem.profile.num_windows,
+            "profile_sha256": problem.profile.sha256(),
+            "versions": {
+                "eplb-toolkit": __version__,
+                "numpy": np.__version__,
+                "python": platform.python_version(),
+            },
+        },
+    )
+    check_plan(plan, problem.profile, distinct_ranks=problem.distinct_ranks)
+    write_plan(plan, output)
+    return plan
+
+
+def plan_report(plan: Plan, solution: Solution, output: str) -> dict[str, Any]:
+    """Return the JSON document of ``eplb plan --json``."""
+    assert plan.quality is not None
+    return {
+        "path": output,
+        "digest": plan.digest(),
+        "status": solution.status,
+        "stop_reason": solution.stop_reason,
+        "solver": solution.solver,
+        "seed": solution.seed,
+        "time_s": solution.time_s,
+        "quality": {f: getattr(plan.quality, f) for f in Quality.__dataclass_fields__},
+        "balance": solution.balance.to_dict(),
+    }
+
+
+def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> None:
+    """Print what the plan does: before and after, bound and gap, and what was written."""
+    from eplb.cli import show
+    from eplb.metrics import evaluate, rank_load
+    from eplb.slots import initial_placement, replica_count
+
+    profile, topology, model = problem.profile, problem.topology, problem.model
+    start = initial_placement(profile.layer_ids, model.num_experts, topology.num_slots)
+    before = evaluate(profile, start, topology, problem.split)
+    after = solution.balance
+    out = show.console()
+    out.print(profile_line(profile))
+    out.print(
+        f"[bold]{topology.label}[/] on {_plural(topology.num_nodes, 'node')}: {topology.num_slots} "
+        f"slots a layer, {topology.num_slots - model.num_experts} redundant; split "
+        f"{problem.split}; {solution.solver}, "
+        f"{'hierarchical' if problem.groups_in_nodes else 'global'}"
+    )
+    out.print()
+    out.print(
+        show.layer_table(
+            profile,
+            [
+                ("before", before, rank_load(profile, start, topology, problem.split)),
+                ("after", after, rank_load(profile, plan.placement, topology, problem.split)),
+            ],
+            solution.bound_L,
+        )
+    )
+    out.print()
+    figures = show.table("", "before", "after")
+    number: Callable[[float], str] = show.ratio
+    figures.add_row("imbalance, mean", number(before.imbalance_mean), number(after.imbalance_mean))
+    if profile.num_windows > 1:
+        figures.add_row(
+            "imbalance, p95 of windows", number(before.imbalance_p95), number(after.imbalance_p95)
+        )
+        figures.add_row(
+            "imbalance, worst window", number(before.imbalance_worst), number(after.imbalance_worst)
+        )
+    figures.add_row(
+        "imbalance, worst layer",
+        number(before.imbalance_worst_layer),
+        number(after.imbalance_worst_layer),
+    )
+    figures.add_row("balancedness", number(before.balancedness), number(after.balancedness))
+    figures.add_row(
+        "max dispatch receive, rows",
+        show.rows(before.max_receive_rows_mean),
+        show.rows(after.max_receive_rows_mean),
+    )
+    out.print(figures)
+    out.print()
+    proof = (
+        "No placement on these slots does better: the plan is optimal."
+        if solution.status == "optimal"
+        else f"No placement on these slots is below {solution.bound:.4f}: the plan is at most "
+        f"{show.percent(solution.gap)} above the best there is."
+    )
+    out.print(proof)
+    most = int(replica_count(plan.placement.phys_to_log_LS, model.num_experts).max())
+    sizes = f"most replicas of an expert {most}"
+    if model.expert_bytes is not None:
+        extra = topology.num_slots - model.num_experts
+        size = extra * model.expert_bytes * len(model.layer_ids) / topology.num_ranks
+        sizes += f"; redundancy costs {size / 1e9:.2f} GB a rank"
+    out.print(f"Solved in {1e3 * solution.time_s:.1f} ms; {sizes}.")
+    out.print(f"Checked and written: [bold]{output}[/] ({plan.digest()[:23]}...)")
+
+
+def profile_line(profile: LoadProfile) -> str:
+    """Return one line on what a profile holds."""
+    scenarios = (
+        f", {len(profile.scenarios)} scenarios" if len(profile.scenarios) > 1 else ""
+    )
+    ids = profile.layer_ids
+    return (
+        f"[bold]{profile.source}[/]: {_plural(profile.num_windows, 'window')}{scenarios}, "
+        f"{_plural(profile.num_layers, 'layer')} ({ids[0]}-{ids[-1]}), {profile.num_experts} experts"
+    )
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,161 @@
+"""What commands print for people: tables, heat strips, and progress.
+
+Colour and block characters appear only where they can be read: rich leaves colour out for pipes
+and under NO_COLOR, and strips fall back to digits where the output cannot encode blocks.
+Shape letters: W windows, L layers, R ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from eplb.arrays import FloatArray
+from eplb.load_profile import LoadProfile
+from eplb.metrics import Balance
+
+__all__ = [
+    "console",
+    "heat_strip",
+    "layer_groups",
+    "layer_table",
+    "percent",
+    "progress",
+    "ratio",
+    "rows",
+    "table",
+]
+
+PIPE_WIDTH = 110
+STRIP_CELLS = 32
+BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
+DIGITS = "12345678"
+# From cold to hot, told apart by the colour-blind (ColorBrewer RdYlBu); height says the same.
+COLOURS = ("#4575b4", "#74add1", "#abd9e9", "#e0f3f8", "#fee090", "#fdae61", "#f46d43", "#d73027")
+
+
+def console() -> Console:
+    """Return the console for results: as wide as the terminal, or fixed for a pipe."""
+    is_terminal = sys.stdout.isatty()
+    return Console(
+        width=None if is_terminal else PIPE_WIDTH, highlight=False, soft_wrap=not is_terminal
+    )
+
+
+@contextmanager
+def progress(text: str) -> Iterator[None]:
+    """Show on standard error that work goes on, if it is a terminal."""
+    errors = Console(stderr=True)
+    if not errors.is_terminal:
+        yield
+        return
+    with errors.status(text):
+        yield
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """Return an empty table; the first column is text, the others are figures."""
+    grid = Table(
+        box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False
+    )
+    for i, column in enumerate(columns):
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return grid
+
+
+def ratio(value: float) -> str:
+    """Format an imbalance or balancedness."""
+    return f"{value:.3f}"
+
+
+def percent(value: float) -> str:
+    """Format a part of one."""
+    return f"{100 * value:.2f}%"
+
+
+def rows(value: float) -> str:
+    """Format a number of rows or tokens."""
+    return f"{value:,.0f}"
+
+
+def heat_strip(rank_load_R: FloatArray, cells: int = STRIP_CELLS) -> Text:
+    """Draw rank loads relative to their mean, from half the mean to one and a half.
+
+    More ranks than ``cells`` share cells, of which each shows its largest rank.
+    """
+    mean = rank_load_R.mean()
+    if len(rank_load_R) > cells:
+        edges = np.linspace(0, len(rank_load_R), cells + 1).astype(int)
+        rank_load_R = np.maximum.reduceat(rank_load_R, edges[:-1])
+    relative = rank_load_R / mean if mean > 0 else rank_load_R
+    level = np.clip(np.round((relative - 0.5) * (len(BLOCKS) - 1)), 0, len(BLOCKS) - 1)
+    marks = BLOCKS if _can_encode(BLOCKS) else DIGITS
+    strip = Text(no_wrap=True)
+    for i in level.astype(int):
+        strip.append(marks[i], style=COLOURS[i])
+    return strip
+
+
+def layer_groups(num_layers: int, most: int = 8) -> list[slice]:
+    """Split the layers into at most ``most`` runs of nearly equal length."""
+    edges = np.linspace(0, num_layers, min(num_layers, most) + 1).round().astype(int)
+    return [slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+
+
+def layer_table(
+    profile: LoadProfile,
+    columns: Sequence[tuple[str, Balance, FloatArray]],
+    bound_L: FloatArray | None = None,
+) -> Table:
+    """Return imbalance by group of layers, a column and a heat strip for each placement.
+
+    Parameters
+    ----------
+    profile : LoadProfile
+    columns : sequence of (name, figures, rank loads [W, L, R])
+    bound_L : array, optional
+        A column for the bound.
+    """
+    grid = table("layers", *(name for name, _, _ in columns))
+    if bound_L is not None:
+        grid.add_column("bound", justify="right")
+    for name, _, load_WLR in columns:
+        num_ranks = load_WLR.shape[2]
+        grid.add_column(f"rank loads, {name} ({num_ranks} ranks)", no_wrap=True)
+    imbalance_CL = [
+        np.array([layer.imbalance_mean for layer in balance.by_layer.values()])
+        for _, balance, _ in columns
+    ]
+    for group in layer_groups(profile.num_layers):
+        ids = profile.layer_ids[group]
+        cells: list[Any] = [str(ids[0]) if len(ids) == 1 else f"{ids[0]}-{ids[-1]}"]
+        cells += [ratio(float(imbalance_L[group].mean())) for imbalance_L in imbalance_CL]
+        if bound_L is not None:
+            cells.append(ratio(float(bound_L[group].mean())))
+        cells += [heat_strip(_typical_load(load_WLR[:, group])) for _, _, load_WLR in columns]
+        grid.add_row(*cells)
+    return grid
+
+
+def _typical_load(load_WLR: FloatArray) -> FloatArray:
+    """Return what ranks carry in the layer of the group that is worst balanced, over windows."""
+    load_LR: FloatArray = load_WLR.sum(axis=0)
+    worst = (load_LR.max(axis=1) / load_LR.mean(axis=1)).argmax()
+    row: FloatArray = load_LR[worst]
+    return row
+
+
+def _can_encode(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

@@ -1,0 +1,38 @@
+"""``eplb versions``: what a bug report needs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+from eplb.cli.options import as_json
+
+__all__ = ["command"]
+
+PACKAGES = ("eplb-toolkit", "numpy", "click", "pyyaml", "rich", "torch")
+
+
+@click.command("versions")
+@as_json
+def command(json_: bool) -> None:  # noqa: FBT001
+    """Print the versions that a bug report needs."""
+    found = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **{package: _version(package) for package in PACKAGES},
+    }
+    if json_:
+        click.echo(json.dumps(found))
+    else:
+        for name, text in found.items():
+            click.echo(f"{name:14} {text or 'not installed'}")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
