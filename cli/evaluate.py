@@ -80,12 +80,11 @@ def _show(
     plan: Plan, profile: LoadProfile, balance: Balance, split: str, tokens: dict[str, float] | None
 ) -> None:
     from eplb.cli import show
-    from eplb.cli.plan import profile_line
     from eplb.metrics import rank_load
 
     out = show.console()
-    out.print(profile_line(profile))
-    out.print(f"[bold]{plan.topology.label}[/] plan for {plan.model.name}, split {split}")
+    out.print(show.profile_line(profile))
+    out.print(f"[bold]{plan.topology.label}[/] plan for {show.name(plan.model.name)}, split {split}")
     out.print()
     load_WLR = rank_load(profile, plan.placement, plan.topology, split)
     out.print(show.layer_table(profile, [("imbalance", balance, load_WLR)]))

@@ -234,9 +234,9 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     before = evaluate(profile, start, topology, problem.split)
     after = solution.balance
     out = show.console()
-    out.print(profile_line(profile))
+    out.print(show.profile_line(profile))
     out.print(
-        f"[bold]{topology.label}[/] on {_plural(topology.num_nodes, 'node')}: {topology.num_slots} "
+        f"[bold]{topology.label}[/] on {show.plural(topology.num_nodes, 'node')}: {topology.num_slots} "
         f"slots a layer, {topology.num_slots - model.num_experts} redundant; split "
         f"{problem.split}; {solution.solver}, "
         f"{'hierarchical' if problem.groups_in_nodes else 'global'}"
@@ -290,20 +290,4 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
         size = extra * model.expert_bytes * len(model.layer_ids) / topology.num_ranks
         sizes += f"; redundancy costs {size / 1e9:.2f} GB a rank"
     out.print(f"Solved in {1e3 * solution.time_s:.1f} ms; {sizes}.")
-    out.print(f"Checked and written: [bold]{output}[/] ({plan.digest()[:23]}...)")
-
-
-def profile_line(profile: LoadProfile) -> str:
-    """Return one line on what a profile holds."""
-    scenarios = (
-        f", {len(profile.scenarios)} scenarios" if len(profile.scenarios) > 1 else ""
-    )
-    ids = profile.layer_ids
-    return (
-        f"[bold]{profile.source}[/]: {_plural(profile.num_windows, 'window')}{scenarios}, "
-        f"{_plural(profile.num_layers, 'layer')} ({ids[0]}-{ids[-1]}), {profile.num_experts} experts"
-    )
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+    out.print(f"Checked and written: {show.name(output)} ({plan.digest()[:23]}...)")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -27,7 +28,10 @@ __all__ = [
     "heat_strip",
     "layer_groups",
     "layer_table",
+    "name",
     "percent",
+    "plural",
+    "profile_line",
     "progress",
     "ratio",
     "rows",
@@ -76,6 +80,28 @@ def ratio(value: float) -> str:
     return f"{value:.3f}"
 
 
+def name(text: str) -> str:
+    """Return a file or other name as bold markup, whatever characters it has."""
+    return f"[bold]{escape(text)}[/]"
+
+
+def plural(count: int, noun: str) -> str:
+    """Return a count with its noun."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def profile_line(profile: LoadProfile) -> str:
+    """Return one line on what a profile holds."""
+    ids, scenarios = profile.layer_ids, profile.scenarios
+    parts = [
+        plural(profile.num_windows, "window"),
+        *([f"{len(scenarios)} scenarios"] if len(scenarios) > 1 else []),
+        f"{plural(profile.num_layers, 'layer')} ({ids[0]}-{ids[-1]})",
+        plural(profile.num_experts, "expert"),
+    ]
+    return f"{name(profile.source)}: {', '.join(parts)}"
+
+
 def percent(value: float) -> str:
     """Format a part of one."""
     return f"{100 * value:.2f}%"
@@ -87,7 +113,7 @@ def rows(value: float) -> str:
 
 
 def heat_strip(rank_load_R: FloatArray, cells: int = STRIP_CELLS) -> Text:
-    """Draw rank loads relative to their mean, from half the mean to one and a half.
+    """Draw rank loads relative to their mean: the mean is the fourth of eight steps of 1/8.
 
     More ranks than ``cells`` share cells, of which each shows its largest rank.
     """
@@ -96,7 +122,7 @@ def heat_strip(rank_load_R: FloatArray, cells: int = STRIP_CELLS) -> Text:
         edges = np.linspace(0, len(rank_load_R), cells + 1).astype(int)
         rank_load_R = np.maximum.reduceat(rank_load_R, edges[:-1])
     relative = rank_load_R / mean if mean > 0 else rank_load_R
-    level = np.clip(np.round((relative - 0.5) * (len(BLOCKS) - 1)), 0, len(BLOCKS) - 1)
+    level = np.clip(np.round(3 + 8 * (relative - 1)), 0, len(BLOCKS) - 1)
     marks = BLOCKS if _can_encode(BLOCKS) else DIGITS
     strip = Text(no_wrap=True)
     for i in level.astype(int):
@@ -124,12 +150,13 @@ def layer_table(
     bound_L : array, optional
         A column for the bound.
     """
-    grid = table("layers", *(name for name, _, _ in columns))
+    grid = table("layers", *(label for label, _, _ in columns))
     if bound_L is not None:
         grid.add_column("bound", justify="right")
-    for name, _, load_WLR in columns:
+    for label, _, load_WLR in columns:
         num_ranks = load_WLR.shape[2]
-        grid.add_column(f"rank loads, {name} ({num_ranks} ranks)", no_wrap=True)
+        which = f" {label}" if len(columns) > 1 else ""
+        grid.add_column(f"rank loads{which} ({num_ranks} ranks)", no_wrap=True)
     imbalance_CL = [
         np.array([layer.imbalance_mean for layer in balance.by_layer.values()])
         for _, balance, _ in columns

@@ -1,0 +1,134 @@
+"""``eplb profile``: look at recorded loads, and convert them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from eplb.cli.options import as_json, profile_arguments, read_windows, windows_option
+
+if TYPE_CHECKING:
+    from eplb.profiles import ProfileSummary
+
+__all__ = ["command"]
+
+
+@click.group("profile")
+def command() -> None:
+    """Look at recorded expert loads, and convert them."""
+
+
+@command.command("show")
+@profile_arguments
+@windows_option
+@as_json
+def show_command(profiles: tuple[str, ...], windows: Any, json_: bool) -> None:  # noqa: FBT001
+    """Print what profiles hold: shape, skew of each layer, hottest experts, drift.
+
+    \b
+    eplb profile show loads.npz
+    eplb profile show monday.npz sunday.npz
+    """  # noqa: D301
+    from eplb.cli.show import progress
+    from eplb.profiles import summarise
+
+    with progress("reading profiles"):
+        summary = summarise(read_windows(profiles, windows))
+    if json_:
+        click.echo(json.dumps(summary.to_dict()))
+    else:
+        _show(summary)
+
+
+@command.command("convert")
+@profile_arguments
+@click.option("-o", "--output", type=click.Path(), required=True, metavar="FILE")
+@windows_option
+@click.option("--scenario", help="Name the scenario of all windows.")
+@click.option("--phase", help="Name the phase of all windows: prefill, decode or mixed.")
+@as_json
+def convert_command(
+    profiles: tuple[str, ...], output: str, windows: Any, scenario: str | None, phase: str | None,
+    json_: bool,  # noqa: FBT001
+) -> None:
+    """Write profiles as one file of another format: .npz, .npy, .csv or .json (SGLang).
+
+    \b
+    eplb profile convert expert_distribution_recorder_1.pt -o loads.npz
+    """  # noqa: D301
+    from dataclasses import replace
+
+    from eplb.cli.show import progress
+    from eplb.files import check_writable
+    from eplb.profiles import write_profile
+
+    check_writable(output)
+    with progress("converting"):
+        profile = read_windows(profiles, windows)
+        if scenario is not None:
+            profile = replace(profile, scenario_W=(scenario,) * profile.num_windows)
+        if phase is not None:
+            profile = replace(profile, phase_W=(phase,) * profile.num_windows)
+        lost = write_profile(profile, output)
+    if lost:
+        click.echo(f"eplb: warning: {output} cannot hold {', '.join(lost)}; use .npz", err=True)
+    if json_:
+        shape = [profile.num_windows, profile.num_layers, profile.num_experts]
+        click.echo(json.dumps({"path": output, "shape": shape, "lost": list(lost)}))
+    else:
+        from eplb.cli import show
+
+        show.console().print(f"{show.profile_line(profile)}; written: {show.name(output)}")
+
+
+def _show(summary: ProfileSummary) -> None:
+    import numpy as np
+    from rich.markup import escape
+
+    from eplb.cli import show
+
+    out = show.console()
+    ids = summary.layer_ids
+    out.print(
+        f"{show.name(summary.source)}: {show.plural(summary.num_windows, 'window')}, "
+        f"{show.plural(summary.num_layers, 'layer')} ({ids[0]}-{ids[-1]}), "
+        f"{show.plural(summary.num_experts, 'expert')}; "
+        f"{show.rows(summary.rows_mean)} rows a layer and window"
+    )
+    phases = ", ".join(f"{count} {phase}" for phase, count in summary.phases.items())
+    out.print(f"Windows: {phases}")
+    out.print()
+    grid = show.table("layer", "max/mean", "hottest 10%", "idle experts", "hottest experts")
+    for group in show.layer_groups(summary.num_layers, most=24):
+        layers = summary.layers[group]
+        skews = np.array([layer.max_over_mean for layer in layers])
+        worst = layers[int(skews.argmax())]
+        grid.add_row(
+            str(worst.layer_id) if len(layers) == 1 else f"{worst.layer_id} (worst of "
+            f"{layers[0].layer_id}-{layers[-1].layer_id})",
+            f"{worst.max_over_mean:.2f}",
+            show.percent(worst.top_10_percent),
+            str(worst.idle_experts),
+            "  ".join(f"{expert}: {show.percent(part)}" for expert, part in worst.hottest),
+        )
+    out.print(grid)
+    if summary.num_windows > 1:
+        out.print()
+        out.print(
+            f"Drift (part of the load that falls on other experts): {show.percent(summary.window_drift)}"
+            f" from a window to the next, {show.percent(summary.half_drift)} from the first half to "
+            "the second"
+        )
+    if summary.scenario_drift:
+        out.print()
+        names = list(summary.windows_of_scenario)
+        drift = show.table("drift between scenarios", *(str(i + 1) for i in range(len(names))))
+        for i, a in enumerate(names):
+            cells = [
+                "" if i == j else show.percent(summary.scenario_drift[(a, b) if i < j else (b, a)])
+                for j, b in enumerate(names)
+            ]
+            drift.add_row(escape(f"{i + 1} {a}"), *cells)
+        out.print(drift)

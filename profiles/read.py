@@ -1,0 +1,54 @@
+"""Read a profile by what its file name says it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+
+from eplb.errors import unknown_name
+from eplb.load_profile import LoadProfile, merge_profiles
+from eplb.profiles.csv_file import read_csv
+from eplb.profiles.numpy_file import read_npy, read_npz
+from eplb.profiles.sglang_dump import read_json, read_pt
+from eplb.profiles.source import Source, open_source
+
+__all__ = ["READERS", "read_profile", "read_profiles"]
+
+READERS: dict[str, Callable[[Source], LoadProfile]] = {
+    ".csv": read_csv,
+    ".json": read_json,
+    ".npy": read_npy,
+    ".npz": read_npz,
+    ".pt": read_pt,
+}
+
+
+def read_profile(spec: str | os.PathLike[str]) -> LoadProfile:
+    """Read expert loads from a file.
+
+    Parameters
+    ----------
+    spec : path
+        ``.npz`` (an array of it as ``file.npz:array``), ``.npy``, ``.csv``, or a dump of SGLang's
+        expert distribution recorder (``.json``, ``.pt``).
+
+    Raises
+    ------
+    InvalidInput
+        The file cannot be read or holds no loads.
+    """
+    source = open_source(spec)
+    if source.suffix not in READERS:
+        raise unknown_name(f"profile format of {source.name}:", source.suffix, READERS)
+    return READERS[source.suffix](source)
+
+
+def read_profiles(specs: Iterable[str | os.PathLike[str]]) -> LoadProfile:
+    """Read several profiles of one model as scenarios of one.
+
+    Raises
+    ------
+    InvalidInput
+        One cannot be read, or they are not of one model.
+    """
+    return merge_profiles(read_profile(spec) for spec in specs)

@@ -1,0 +1,48 @@
+"""Sampled token routings: the experts that each token chose, ``[T, L, K]``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eplb.errors import InvalidInput, unknown_name
+from eplb.profiles.numpy_file import Members
+from eplb.profiles.source import open_source, parsing
+
+__all__ = ["read_routings"]
+
+
+def read_routings(spec: str | os.PathLike[str]) -> NDArray[Any]:
+    """Read routings from ``.npy``, ``file.npz:array``, or the array ``routings`` of an ``.npz``.
+
+    Returns
+    -------
+    topk_TLK : array of int
+        Logical experts, shape [tokens, layers, top_k].
+
+    Raises
+    ------
+    InvalidInput
+        The file cannot be read or holds something else.
+    """
+    source = open_source(spec)
+    if source.suffix == ".npz":
+        members = Members(source)
+        name = source.array or "routings"
+        if name not in members:
+            raise unknown_name(f"array in {source.path.name}:", name, members.names)
+        topk_TLK = members.read(name)
+    elif source.suffix == ".npy":
+        with parsing(source, ".npy array"):
+            topk_TLK = np.array(np.lib.format.open_memmap(source.path, mode="r"))
+    else:
+        raise unknown_name(f"format of routings {source.name}:", source.suffix, (".npy", ".npz"))
+    if topk_TLK.ndim != 3 or topk_TLK.dtype.kind not in "iu" or 0 in topk_TLK.shape:
+        raise InvalidInput(
+            f"{source.name}: routings must be whole numbers [tokens, layers, top_k], got "
+            f"{topk_TLK.dtype} of {list(topk_TLK.shape)}"
+        )
+    return topk_TLK
