@@ -1,0 +1,51 @@
+"""The options, frozen: programs call them. A change here is a change of the interface."""
+
+import click
+
+from eplb.cli.main import COMMANDS, cli
+
+OPTIONS = {
+    "demo": {"--json", "--output", "-o"},
+    "evaluate": {"PLAN", "PROFILE...", "--json", "--routings", "--split", "--windows"},
+    "plan": {
+        "PROFILE...", "--groups", "--hierarchical", "--json", "--model", "--nodes", "--objective",
+        "--output", "--ranks-per-node", "--seed", "--shared-ranks", "--slots-per-rank", "--solver",
+        "--split", "--time-limit", "--topology", "--windows", "-o",
+    },
+    "profile convert": {
+        "PROFILE...", "--json", "--output", "--phase", "--scenario", "--windows", "-o",
+    },
+    "profile show": {"PROFILE...", "--json", "--windows"},
+    "versions": {"--json"},
+}  # fmt: skip
+
+
+def commands(group, prefix=""):
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, f"{prefix}{name} ")
+        else:
+            yield f"{prefix}{name}", command
+
+
+def test_options_are_the_documented_ones():
+    found = {
+        name: {
+            word
+            for parameter in command.params
+            for word in (
+                parameter.opts
+                if isinstance(parameter, click.Option)
+                else [parameter.make_metavar(click.Context(command))]
+            )
+        }
+        for name, command in commands(cli)
+    }
+    assert found == OPTIONS
+
+
+def test_every_registered_command_can_be_imported():
+    context = click.Context(cli)
+    assert all(cli.get_command(context, name) is not None for name in COMMANDS)
