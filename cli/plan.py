@@ -17,7 +17,7 @@ from eplb.load_profile import LoadProfile
 from eplb.model import MODEL_PRESETS, MoEModel, model_preset
 from eplb.placement.solve import SOLVERS, solve
 from eplb.plan import Plan, Quality
-from eplb.problem import STATISTICS, Problem, Solution
+from eplb.problem import OBJECTIVES, Problem, Solution
 from eplb.split import SPLIT_RULES
 from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
 
@@ -50,7 +50,7 @@ __all__ = ["command", "make_plan", "show_plan", "topology_of"]
 @click.option("--hierarchical", is_flag=True, help="Keep each group's experts within a node.")
 @click.option("--solver", type=Name("solver", SOLVERS), default="greedy", show_default=True)
 @click.option(
-    "--objective", type=Name("objective", STATISTICS), default="mean", show_default=True,
+    "--objective", type=Name("objective", OBJECTIVES), default="mean", show_default=True,
     help="Statistic over windows that is minimised.",
 )
 @click.option(

@@ -22,7 +22,11 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
     InvalidInput
         The folder is missing or not writable, or the path is not a regular file.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+        target.exists()
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot write {os.fspath(path)!r}: {_reason(error)}") from None
     if not target.parent.is_dir():
         raise InvalidInput(
             f"cannot write {os.fspath(path)}: the folder {target.parent} does not exist; create "
@@ -63,10 +67,13 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
                 Path(name).unlink()
             raise
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
         raise InvalidInput(
-            f"cannot write {os.fspath(path)}: {reason}; choose another place"
+            f"cannot write {os.fspath(path)}: {_reason(error)}; choose another place"
         ) from None
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _mode_for(target: Path) -> int:

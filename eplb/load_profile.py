@@ -22,6 +22,8 @@ __all__ = ["PHASES", "LoadProfile", "merge_profiles"]
 
 PHASES = ("prefill", "decode", "mixed")
 DEFAULT_SCENARIO = "default"
+# Sums over windows and experts stay finite, and shares of the smallest load do not vanish.
+MIN_COUNT, MAX_COUNT = 1e-300, 1e300
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -62,7 +64,7 @@ class LoadProfile:
     source: str = "array"
 
     def __post_init__(self) -> None:
-        counts = np.asarray(self.counts_WLE)
+        counts = _numeric(self.counts_WLE, self.source)
         if counts.ndim != 3 or 0 in counts.shape:
             raise InvalidInput(
                 f"{self.source}: counts must have the shape [windows, layers, experts], each at "
@@ -76,7 +78,7 @@ class LoadProfile:
                 f"{self.source}: layer {_layer_name(self.layer_ids, int(idle_L.argmax()))} has no "
                 "load in any window; drop dense layers (LoadProfile.from_counts does)"
             )
-        ids = tuple(int(i) for i in self.layer_ids)
+        ids = _whole_ids(self.layer_ids, self.source)
         if len(ids) != num_layers:
             raise InvalidInput(
                 f"{self.source}: {len(ids)} layer_ids for {num_layers} layers of counts; give one "
@@ -96,7 +98,8 @@ class LoadProfile:
         for phase in set(self.phase_W):
             if phase not in PHASES:
                 raise unknown_name(f"phase in {self.source}:", phase, PHASES)
-        object.__setattr__(self, "counts_WLE", frozen_array(counts, np.float64))
+        # Adding 0.0 turns -0.0 into 0.0, so that equal loads have equal digests.
+        object.__setattr__(self, "counts_WLE", frozen_array(counts + 0.0, np.float64))
         object.__setattr__(self, "layer_ids", ids)
         object.__setattr__(self, "scenario_W", tuple(map(str, self.scenario_W)))
         object.__setattr__(self, "phase_W", tuple(self.phase_W))
@@ -131,16 +134,15 @@ class LoadProfile:
             Wrong rank of array, values that are not counts, nothing but zeros, or labels that do
             not fit the windows.
         """
-        array = np.asarray(counts)
+        array = _numeric(counts, source)
+        shape = list(array.shape)
         if array.ndim == 2:
             array = array[np.newaxis]
-        if array.ndim != 3 or 0 in array.shape:
+        if array.ndim != 3 or 0 in shape:
             raise InvalidInput(
                 f"{source}: counts must be [layers, experts] or [windows, layers, experts], each "
-                f"at least 1; got {array.ndim} dimension(s) of {list(np.shape(counts))}"
+                f"at least 1; got {len(shape)} dimension(s) of {shape}"
             )
-        if array.dtype.kind not in "uifb":
-            raise InvalidInput(f"{source}: counts must be numbers, got {array.dtype}")
         _check_counts(array, source)
         num_windows, num_layers, _ = array.shape
         ids = range(num_layers) if layer_ids is None else list(layer_ids)
@@ -170,7 +172,7 @@ class LoadProfile:
 
         return cls(
             counts_WLE=array[used_W][:, sparse_L],
-            layer_ids=tuple(int(i) for i, used in zip(ids, sparse_L, strict=True) if used),
+            layer_ids=tuple(i for i, used in zip(ids, sparse_L, strict=True) if used),
             scenario_W=of_windows(scenario, "scenario"),
             phase_W=of_windows(phase, "phase"),
             tokens_W=numbers(tokens, "tokens"),
@@ -310,16 +312,21 @@ def merge_profiles(profiles: Iterable[LoadProfile]) -> LoadProfile:
                 f"{part.source} and {first.source} disagree on the layers with load (ids "
                 f"{_preview(odd)} are in one only); give profiles of one model"
             )
-    taken: set[str] = set()
+    is_default = [set(part.scenario_W) == {DEFAULT_SCENARIO} for part in parts]
+    taken = {
+        name for part, default in zip(parts, is_default, strict=True) if not default
+        for name in part.scenario_W
+    }  # fmt: skip
     scenarios: list[str] = []
-    for part in parts:
-        name = part.source if set(part.scenario_W) == {DEFAULT_SCENARIO} else None
-        if name is not None:
-            stem, number = name, 2
-            while name in taken:
-                name, number = f"{stem}#{number}", number + 1
-            taken.add(name)
-        scenarios.extend([name] * part.num_windows if name is not None else part.scenario_W)
+    for part, default in zip(parts, is_default, strict=True):
+        if not default:
+            scenarios.extend(part.scenario_W)
+            continue
+        name, number = part.source, 2
+        while name in taken:
+            name, number = f"{part.source}#{number}", number + 1
+        taken.add(name)
+        scenarios.extend([name] * part.num_windows)
 
     def joined(field_name: str) -> FloatArray | None:
         values = [getattr(part, field_name) for part in parts]
@@ -337,6 +344,23 @@ def merge_profiles(profiles: Iterable[LoadProfile]) -> LoadProfile:
     )
 
 
+def _numeric(values: ArrayLike, source: str) -> NDArray[Any]:
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError):
+        raise InvalidInput(f"{source}: counts must be a full array, not rows of different length") from None
+    if array.dtype.kind not in "uifb":
+        raise InvalidInput(f"{source}: counts must be numbers, got {array.dtype}")
+    return array
+
+
+def _whole_ids(values: Iterable[Any], source: str) -> tuple[int, ...]:
+    ids = tuple(values)
+    if not all(isinstance(i, (int, np.integer)) and not isinstance(i, bool) for i in ids):
+        raise InvalidInput(f"{source}: layer_ids must be whole numbers, got {_preview(ids)}")
+    return tuple(int(i) for i in ids)
+
+
 def _check_counts(counts: NDArray[Any], source: str) -> None:
     with np.errstate(invalid="ignore"):
         if not np.isfinite(counts).all():
@@ -346,9 +370,10 @@ def _check_counts(counts: NDArray[Any], source: str) -> None:
                 f"{source}: counts hold negative values (least {counts.min()}); loads are counts "
                 "of tokens"
             )
-        # Sums over windows and experts have to stay finite too.
-        if counts.max() > 1e300:
+        if float(counts.max()) > MAX_COUNT:
             raise InvalidInput(f"{source}: counts above 1e300 cannot be added up; check the units")
+        if counts.dtype.kind == "f" and ((counts > 0) & (counts < MIN_COUNT)).any():
+            raise InvalidInput(f"{source}: counts below 1e-300 cannot be divided; check the units")
 
 
 def _window_values(values: ArrayLike, num_windows: int, name: str, source: str) -> FloatArray:
@@ -368,7 +393,7 @@ def _layer_name(layer_ids: Sequence[int], index: int) -> str:
     return str(layer_ids[index]) if index < len(layer_ids) else f"at index {index}"
 
 
-def _preview(values: Sequence[int], limit: int = 6) -> str:
+def _preview(values: Sequence[Any], limit: int = 6) -> str:
     text = ", ".join(str(v) for v in values[:limit])
     return f"{text}, ..." if len(values) > limit else text
 

@@ -40,8 +40,8 @@ class Balance:
         The largest dispatch receive over the ranks, in rows: its mean over layers and windows, and
         the largest. This is the figure that DeepSeek's expert-parallel balancer minimises.
     by_layer, by_scenario : mapping
-        The same figures within one layer (by layer id) and one scenario (by name); empty inside
-        these.
+        The same figures within one layer (by layer id) and one scenario with load (by name); empty
+        inside these.
     """
 
     imbalance_mean: float
@@ -103,9 +103,12 @@ def rank_load(
 
 def imbalance(rank_load_WLR: FloatArray) -> FloatArray:
     """Return max / mean over the last axis; NaN where there is no load, which scores nothing."""
-    mean = rank_load_WLR.mean(axis=-1)
+    return _ratio(rank_load_WLR.max(axis=-1), rank_load_WLR.mean(axis=-1))
+
+
+def _ratio(largest: FloatArray, mean: FloatArray) -> FloatArray:
     ratio = np.full(mean.shape, np.nan)
-    np.divide(rank_load_WLR.max(axis=-1), mean, out=ratio, where=mean > 0)
+    np.divide(largest, mean, out=ratio, where=mean > 0)
     return ratio
 
 
@@ -120,9 +123,9 @@ def evaluate(
         As :func:`rank_load`.
     """
     load_WLR = rank_load(profile, placement, topology, split)
-    ratio_WL = imbalance(load_WLR)
     max_WL = load_WLR.max(axis=2)
     mean_WL = load_WLR.mean(axis=2)
+    ratio_WL = _ratio(max_WL, mean_WL)
     scenario_W = np.array(profile.scenario_W)
     return _balance(
         ratio_WL,
@@ -135,6 +138,7 @@ def evaluate(
         by_scenario={
             name: _balance(*(a[scenario_W == name] for a in (ratio_WL, max_WL, mean_WL)))
             for name in profile.scenarios
+            if max_WL[scenario_W == name].any()
         },
     )
 
@@ -157,7 +161,7 @@ def _balance(
         imbalance_worst=float(step_W.max()),
         imbalance_worst_layer=float(np.nanmax(ratio_WL)),
         balancedness=float(mean_WL.sum() / max_WL.sum()),
-        max_receive_rows_mean=float(max_WL[scored_W].mean()),
+        max_receive_rows_mean=float(max_WL[max_WL > 0].mean()),
         max_receive_rows_worst=float(max_WL.max()),
         by_layer=by_layer or {},
         by_scenario=by_scenario or {},

@@ -19,7 +19,8 @@ class MoEModel:
     num_experts : int
         Routed logical experts of a layer.
     layer_ids : tuple of int
-        Absolute decoder ids of the layers with experts, increasing.
+        Absolute decoder ids of the layers with experts, increasing. Layers of multi-token
+        prediction come after the last decoder layer.
     num_layers : int, optional
         Decoder layers, dense ones included.
     top_k : int, optional
@@ -55,6 +56,17 @@ class MoEModel:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        if type(self.name) is not str or not self.name:
+            raise InvalidInput(f"the name of a model must be text, got {self.name!r}")
+        if self.revision is not None and type(self.revision) is not str:
+            raise InvalidInput(f"the revision of a model must be text, got {self.revision!r}")
+        ids = tuple(self.layer_ids)
+        if not is_layer_ids(ids):
+            raise InvalidInput(
+                "layer_ids must be whole numbers from 0 on, increasing, at least one; got "
+                f"{list(ids[:6])}"
+            )
+        object.__setattr__(self, "layer_ids", ids)
         for field in ("num_experts", "num_groups", "groups_per_token"):
             _check_count(field, getattr(self, field), least=1)
         for field in ("num_layers", "top_k", "hidden_size", "expert_bytes"):
@@ -75,6 +87,16 @@ class MoEModel:
                 f"groups_per_token ({self.groups_per_token}) must not exceed num_groups "
                 f"({self.num_groups})"
             )
+
+
+def is_layer_ids(ids: tuple[object, ...]) -> bool:
+    """Return whether these can be the ids of layers: whole, from 0 on, increasing, not none."""
+    numbers = [i for i in ids if type(i) is int]
+    return (
+        0 < len(ids) == len(numbers)
+        and numbers[0] >= 0
+        and all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+    )
 
 
 def _check_count(field: str, value: object, least: int) -> None:

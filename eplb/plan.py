@@ -17,7 +17,10 @@ from eplb.slots import Placement
 from eplb.split import SPLIT_RULES
 from eplb.topology import Topology
 
-__all__ = ["PLAN_SCHEMA", "Plan", "Quality"]
+__all__ = ["PLAN_SCHEMA", "STATISTICS", "Plan", "Quality"]
+
+# Over windows, of what a step costs. Files may name any; solvers say what they minimise.
+STATISTICS = ("mean", "worst", "cvar")
 
 PLAN_SCHEMA = "eplb/plan@1"
 
@@ -91,6 +94,8 @@ class Plan:
             raise InvalidInput("the placement and its model must name the same layers")
         if self.split not in SPLIT_RULES:
             raise unknown_name("split rule", self.split, SPLIT_RULES)
+        if self.statistic not in STATISTICS:
+            raise unknown_name("objective", self.statistic, STATISTICS)
 
     def content(self) -> dict[str, Any]:
         """Return what the plan decides, as the JSON values that its digest covers."""

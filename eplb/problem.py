@@ -13,9 +13,10 @@ from eplb.slots import Placement
 from eplb.split import SPLIT_RULES
 from eplb.topology import Topology
 
-__all__ = ["STATISTICS", "Problem", "Solution"]
+__all__ = ["OBJECTIVES", "Problem", "Solution"]
 
-STATISTICS = ("mean",)
+# Statistics over windows that solvers minimise so far.
+OBJECTIVES = ("mean",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +58,8 @@ class Problem:
         model, topology, profile = self.model, self.topology, self.profile
         if self.split not in SPLIT_RULES:
             raise unknown_name("split rule", self.split, SPLIT_RULES)
-        if self.statistic not in STATISTICS:
-            raise unknown_name("objective", self.statistic, STATISTICS)
+        if self.statistic not in OBJECTIVES:
+            raise unknown_name("objective", self.statistic, OBJECTIVES)
         if profile.num_experts != model.num_experts:
             raise InvalidInput(
                 f"{profile.source} has {profile.num_experts} experts and {model.name} has "

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from eplb.arrays import IntArray, frozen_array
 from eplb.errors import PlacementInvalid
+from eplb.model import is_layer_ids
 
 __all__ = ["EMPTY", "Placement", "initial_placement", "log_to_phys", "replica_count"]
 
@@ -55,8 +56,17 @@ class Placement:
             raise PlacementInvalid(
                 f"{len(self.layer_ids)} layer ids for {slots.shape[0]} layers of slots"
             )
+        ids = tuple(self.layer_ids)
+        if not is_layer_ids(ids):
+            raise PlacementInvalid(
+                "layer ids must be whole numbers from 0 on, increasing, at least one; got "
+                f"{list(ids[:6])}"
+            )
+        # Before it is cast: a number too large for int64 would come out negative.
+        if slots.max() > np.iinfo(np.int64).max:
+            raise PlacementInvalid(f"unknown expert {int(slots.max())}")
         object.__setattr__(self, "phys_to_log_LS", frozen_array(slots, np.int64))
-        object.__setattr__(self, "layer_ids", tuple(int(i) for i in self.layer_ids))
+        object.__setattr__(self, "layer_ids", ids)
         unknown = (self.phys_to_log_LS < EMPTY) | (self.phys_to_log_LS >= self.num_experts)
         if unknown.any():
             layer, slot = (int(i) for i in np.argwhere(unknown)[0])

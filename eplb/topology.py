@@ -52,10 +52,20 @@ class Topology:
             value = getattr(self, field)
             if type(value) is not int or value < 1:
                 raise InvalidInput(f"{field} must be a whole number of at least 1, got {value!r}")
-        for field in ("intra_node_bytes_per_s", "inter_node_bytes_per_s", "rank_memory_bytes"):
+        if self.name is not None and type(self.name) is not str:
+            raise InvalidInput(f"the name of a topology must be text, got {self.name!r}")
+        # One type each, so that equal topologies have equal digests.
+        for field, kind in (
+            ("intra_node_bytes_per_s", float),
+            ("inter_node_bytes_per_s", float),
+            ("rank_memory_bytes", int),
+        ):
             value = getattr(self, field)
-            if value is not None and not 0 < value < float("inf"):
-                raise InvalidInput(f"{field} must be positive, got {value!r}")
+            if value is None:
+                continue
+            if type(value) not in (int, float) or not 0 < value < float("inf"):
+                raise InvalidInput(f"{field} must be a positive number, got {value!r}")
+            object.__setattr__(self, field, kind(value))
         if self.num_slots > MAX_SLOTS:
             raise InvalidInput(
                 f"{self.num_nodes} nodes x {self.ranks_per_node} ranks x {self.slots_per_rank} "

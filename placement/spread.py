@@ -82,17 +82,20 @@ class _Slots:
 def _separate(slots: _Slots, doubled_YS: NDArray[np.bool_]) -> None:
     """Swap doubled replicas away, one a row at a time.
 
-    A swap moves neither expert to a rank that has it, so it settles both its slots. It may settle
-    a third one by taking away the other replica; if that one then finds no swap, it needs none.
+    For a doubled replica on rank r some rank q lacks its expert, which has at most R replicas, two
+    of them on r. The swap takes a slot of q whose expert r lacks, or one that is doubled itself, so
+    that there are fewer doubled replicas after it. There always is one: else q would hold K
+    different experts, all of them on r, which has at most K - 1 and the doubled one among them.
     """
-    while len(rows := np.flatnonzero(doubled_YS.any(axis=1))):
-        slot_Y1 = doubled_YS[rows].argmax(axis=1)[:, np.newaxis]
-        slot, partner, peak = _best_swap(slots, rows, slot_Y1)
-        doubled_YS[rows, slot] = False
-        found = np.isfinite(peak)
-        rows, slot, partner = rows[found], slot[found], partner[found]
-        doubled_YS[rows, partner] = False
+    rows = np.arange(len(doubled_YS))
+    while len(rows):
+        slot_Y1 = doubled_YS.argmax(axis=1)[:, np.newaxis]
+        slot, partner, peak = _best_swap(slots, rows, slot_Y1, doubled_YS)
+        assert np.isfinite(peak).all(), "an expert has more replicas than there are ranks"
         slots.swap(rows, slot, partner)
+        doubled_YS = _doubled(slots.expert[rows], slots.num_ranks)
+        crowded = doubled_YS.any(axis=1)
+        rows, doubled_YS = rows[crowded], doubled_YS[crowded]
 
 
 def _lower_peaks(slots: _Slots, rows: IntArray, allowed_Y: FloatArray, num_tried: int) -> None:
@@ -143,13 +146,12 @@ def _swap_twice(slots: _Slots, row: np.int64, peak: np.float64, num_tried: int) 
 
 
 def _best_swap(
-    slots: _Slots, rows: IntArray, slot_YA: IntArray
+    slots: _Slots,
+    rows: IntArray,
+    slot_YA: IntArray,
+    doubled_YS: NDArray[np.bool_] | None = None,
 ) -> tuple[IntArray, IntArray, FloatArray]:
     """Return for each row the allowed swap of a slot A that makes the larger of two ranks smallest.
-
-    There always is one for a doubled replica: some rank q lacks its expert, which has at most R
-    replicas, two of them on one rank r; and of q's K experts at most K - 2 are on r, which holds
-    at most K - 1 different ones, the doubled one among them.
 
     Returns
     -------
@@ -158,7 +160,7 @@ def _best_swap(
     peak_Y : array of float
         The larger load of both ranks after the swap; infinite where no swap is allowed.
     """
-    peak_YAS = _swap_peaks(slots, rows, slot_YA)
+    peak_YAS = _swap_peaks(slots, rows, slot_YA, doubled_YS)
     flat = peak_YAS.reshape(len(rows), peak_YAS.shape[1] * peak_YAS.shape[2])
     best_Y = flat.argmin(axis=1)
     choice_Y, partner_Y = np.divmod(best_Y, peak_YAS.shape[2])
@@ -166,11 +168,16 @@ def _best_swap(
     return slot_YA[row_Y, choice_Y], partner_Y, flat[row_Y, best_Y]
 
 
-def _swap_peaks(slots: _Slots, rows: IntArray, slot_YA: IntArray) -> FloatArray:
+def _swap_peaks(
+    slots: _Slots,
+    rows: IntArray,
+    slot_YA: IntArray,
+    doubled_YS: NDArray[np.bool_] | None = None,
+) -> FloatArray:
     """Return the larger load of both ranks after each swap of a slot A with a slot S.
 
     The slots A of a row lie on one rank r. A swap with a slot of rank q is allowed if q lacks the
-    one expert and r the other; others are infinite. Shape [Y, A, S].
+    one expert, and r the other or the slot is doubled; others are infinite. Shape [Y, A, S].
     """
     expert_YS, load_YS = slots.expert[rows], slots.load[rows]
     row_Y = np.arange(len(rows))
@@ -182,6 +189,8 @@ def _swap_peaks(slots: _Slots, rows: IntArray, slot_YA: IntArray) -> FloatArray:
     known_YE = np.zeros((len(rows), int(expert_YS.max(initial=0)) + 1), bool)
     known_YE[row_Y[:, np.newaxis], held_YRK[row_Y, rank_Y]] = True
     known_YS = take_rows(known_YE, expert_YS)
+    if doubled_YS is not None:
+        known_YS &= ~doubled_YS
     has_YAR = (held_YRK[:, np.newaxis] == expert_YA[:, :, np.newaxis, np.newaxis]).any(axis=3)
     refused_YAS = np.repeat(has_YAR, slots.slots_per_rank, axis=2) | known_YS[:, np.newaxis]
     rank_load_YR = slots.by_rank(load_YS).sum(axis=2)

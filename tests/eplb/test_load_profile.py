@@ -179,7 +179,7 @@ def test_the_digest_never_changes() -> None:
 def test_the_digest_covers_every_count_and_label(given_profile: LoadProfile, data: Any) -> None:
     counts_WLE = given_profile.counts_WLE.copy()
     cell = tuple(data.draw(st.integers(0, n - 1)) for n in counts_WLE.shape)
-    counts_WLE[cell] = np.nextafter(counts_WLE[cell], np.inf)
+    counts_WLE[cell] = np.nextafter(counts_WLE[cell], np.inf) if counts_WLE[cell] else 1.0
     window = cell[0]
     phases = list(given_profile.phase_W)
     phases[window] = "decode" if phases[window] != "decode" else "prefill"
@@ -253,3 +253,43 @@ def test_merged_windows_are_those_of_the_parts_in_order(
     assert (merged.counts_WLE == np.concatenate([given_profile.counts_WLE] * times)).all()
     assert merged.phase_W == given_profile.phase_W * times
     assert merged.scenarios == given_profile.scenarios
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ([[1, 2], [3]], "rows of different length"),
+        ([["1", "2"]], "must be numbers"),
+        ([[1j, 2]], "must be numbers"),
+        ([[5e-324, 1.0]], "below 1e-300"),
+        ([[1e301, 1.0]], "above 1e300"),
+        (np.ones((2, 0)), r"2 dimension\(s\) of \[2, 0\]"),
+    ],
+)
+def test_counts_that_are_none_are_refused(counts: Any, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        LoadProfile.from_counts(counts)
+
+
+@pytest.mark.parametrize("ids", [["3", "4"], [0.5, 1.5], [True, 2], [4, 3], [-1, 2]])
+def test_layer_ids_that_are_none_are_refused(ids: Any) -> None:
+    with pytest.raises(InvalidInput, match="layer_ids must be"):
+        LoadProfile.from_counts(np.ones((2, 4)), layer_ids=ids)
+
+
+def test_zeros_of_either_sign_have_one_digest() -> None:
+    plus, minus = (LoadProfile.from_counts([[z, 1.0]]) for z in (0.0, -0.0))
+    assert plus == minus
+    assert plus.sha256() == minus.sha256()
+
+
+def test_a_file_named_like_a_scenario_becomes_another_scenario() -> None:
+    named = LoadProfile.from_counts([[1, 2]], scenario="x", source="a")
+    default = LoadProfile.from_counts([[3, 4]], source="x")
+    assert merge_profiles([named, default]).scenarios == ("x", "x#2")
+    assert merge_profiles([default, named]).scenarios == ("x#2", "x")
+
+
+def test_narrow_floats_are_read_without_a_warning() -> None:
+    for dtype in (np.float16, np.float32):
+        assert LoadProfile.from_counts(np.ones((2, 3), dtype)).num_experts == 3

@@ -151,8 +151,8 @@ def test_a_model_that_contradicts_itself_is_refused(change: dict[str, Any], mess
         ({"num_nodes": 0}, "num_nodes must be a whole number of at least 1, got 0"),
         ({"slots_per_rank": 1.5}, "slots_per_rank must be a whole number"),
         ({"ranks_per_node": 1 << 20}, "2097152 slots, over the limit"),
-        ({"intra_node_bytes_per_s": 0}, "intra_node_bytes_per_s must be positive"),
-        ({"inter_node_bytes_per_s": float("nan")}, "inter_node_bytes_per_s must be positive"),
+        ({"intra_node_bytes_per_s": 0}, "intra_node_bytes_per_s must be a positive number"),
+        ({"inter_node_bytes_per_s": float("nan")}, "inter_node_bytes_per_s must be a positive number"),
     ],
 )
 def test_a_topology_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:

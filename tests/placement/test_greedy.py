@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracles import deepseek_rebalance
 from strategies import loads
@@ -70,12 +70,11 @@ def test_drop_in_returns_what_deepseek_describes(case):
 
 @settings(max_examples=400)
 @given(deployments())
-def test_distinct_ranks_are_never_worse_than_deepseek(case):
+def test_distinct_ranks_always(case):
     weight, num_replicas, num_groups, num_nodes, num_gpus = case
     if num_groups % num_nodes:
         num_groups = num_nodes = 1
-    if num_replicas > weight.shape[1] * num_gpus // num_nodes:
-        return
+    assume(num_replicas <= weight.shape[1] * num_gpus // num_nodes)
     phys_to_log_LS, _ = place_greedy(
         weight.astype(np.float32),
         num_slots=num_replicas,
@@ -85,6 +84,28 @@ def test_distinct_ranks_are_never_worse_than_deepseek(case):
         distinct_ranks=True,
     )
     assert ranks_are_distinct(phys_to_log_LS, num_gpus)
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "num_ranks", "slots_per_rank", "num_nodes"),
+    [(256, 32, 9, 1), (256, 64, 5, 1), (256, 144, 2, 1), (384, 32, 13, 1), (128, 32, 5, 4)],
+)
+@given(seed=st.integers(0, 2**32 - 1), spread=st.sampled_from([0.0, 0.3, 0.7]))
+def test_distinct_ranks_cost_no_balance_at_real_sizes(
+    num_experts, num_ranks, slots_per_rank, num_nodes, seed, spread
+):
+    load_LE = np.round(1000 * np.random.default_rng(seed).lognormal(0, spread, (4, num_experts))) + 1
+    sizes = {
+        "num_slots": num_ranks * slots_per_rank,
+        "num_ranks": num_ranks,
+        "num_nodes": num_nodes,
+        "num_groups": 8 if num_nodes > 1 else 1,
+    }
+    theirs, _ = place_greedy(load_LE.astype(np.float32), **sizes)
+    ours, _ = place_greedy(load_LE.astype(np.float32), distinct_ranks=True, **sizes)
+    assert ranks_are_distinct(ours, num_ranks)
+    ours_L, theirs_L = (peak_L(slots, load_LE, num_ranks) for slots in (ours, theirs))
+    assert (ours_L <= theirs_L * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize(("num_ranks", "slots_per_rank", "num_nodes"), DEPLOYMENTS)
@@ -102,7 +123,8 @@ def test_recorded_loads_are_at_least_as_balanced_as_deepseeks(
     }
     with np.load(shared_data / "deepseek_v3_sglang" / "logical_count.npz") as arrays:
         for name in arrays:
-            load_LE = arrays[name][3:].astype(np.float64)
+            # A reference one step at a time takes a while; benchmarks/peers.py compares all.
+            load_LE = arrays[name][3::6].astype(np.float64)
             ours, _ = place_greedy(load_LE.astype(np.float32), distinct_ranks=True, **sizes)
             groups = (8, num_nodes) if hierarchical else (1, 1)
             theirs, *_ = deepseek_rebalance(load_LE, sizes["num_slots"], *groups, num_ranks)
