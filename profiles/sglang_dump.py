@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -69,11 +70,11 @@ def absolute_layers(profile: LoadProfile) -> NDArray[Any]:
 
 
 def _from_logical_count(values: Any, source: Source) -> LoadProfile:
-    counts = np.asarray(values)
     metadata: dict[str, Any] = {"engine": "sglang"}
-    if counts.ndim == 3 and len(counts) > 1:
+    profile = LoadProfile.from_counts(values, metadata=metadata, source=source.name)
+    if profile.num_windows > 1:
         metadata["window_order"] = "unknown: the recorder's buffer is a ring"
-    return LoadProfile.from_counts(counts, metadata=metadata, source=source.name)
+    return replace(profile, metadata=metadata)
 
 
 def _rank_of(records: list[Any]) -> int | None:

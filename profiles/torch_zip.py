@@ -94,6 +94,9 @@ class _Unpickler(pickle.Unpickler):
 
     GLOBALS: ClassVar[dict[tuple[str, str], Any]] = {
         ("collections", "OrderedDict"): dict,
+        ("__builtin__", "set"): set,
+        ("builtins", "set"): set,
+        ("torch", "Size"): tuple,
         **{("torch", name): kind for name, kind in _STORAGE_TYPES.items()},
         **{("torch", name): _StorageType(dtype) for name, dtype in _DTYPES.items()},
         ("torch.storage", "UntypedStorage"): _StorageType("|u1"),
