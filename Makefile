@@ -16,7 +16,8 @@ check: $(VENV)/.tested
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	MYPYPATH=$(LINKS) $(BIN)/mypy -p eplb
-	$(BIN)/mypy benchmarks tools
+	MYPYPATH=$(LINKS) $(BIN)/mypy tools
+	MYPYPATH=$(LINKS):benchmarks $(BIN)/mypy benchmarks
 
 format: $(VENV)/.tested
 	$(BIN)/ruff check --fix

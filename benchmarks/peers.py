@@ -1,9 +1,9 @@
-"""Our greedy solver beside the engines' own, on recorded loads, in one process.
+r"""Our greedy solver beside the engines' own, on recorded loads, in one process.
 
 Peers are read from where you unpacked them; nothing of theirs is part of this project::
 
-    python benchmarks/peers.py logical_count.npz --deepseek EPLB/eplb.py \\
-        --vllm vllm/distributed/eplb/policy/default.py \\
+    python benchmarks/peers.py logical_count.npz --deepseek EPLB/eplb.py \
+        --vllm vllm/distributed/eplb/policy/default.py \
         --sglang sglang/srt/eplb/eplb_algorithms/deepseek_vec.py -o peers.json
 
 They need torch. Imbalance is max / mean rank load under even split on the array it was fitted to.

@@ -28,8 +28,8 @@ _ALL_SEVERITIES = ("uniform", "skewed", "one-hot")
 def greedy(size: str, severity: str) -> Callable[[], Any]:
     """Place with replicas on distinct ranks, as ``eplb plan`` does."""
     load_LE = synthetic_counts(SIZES[size], severity)[0].astype(np.float32)
-    dims = {"num_slots": SIZES[size].slots, "num_ranks": SIZES[size].ranks}
-    return lambda: place_greedy(load_LE, distinct_ranks=True, **dims)
+    slots, ranks = SIZES[size].slots, SIZES[size].ranks
+    return lambda: place_greedy(load_LE, num_slots=slots, num_ranks=ranks, distinct_ranks=True)
 
 
 @register(size=_ALL_SIZES, severity=("skewed",))

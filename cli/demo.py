@@ -20,7 +20,7 @@ FIT_PART = 2 / 3
     "-o", "--output", type=click.Path(), default="demo-plan.yaml", show_default=True, metavar="PLAN"
 )
 @as_json
-def command(output: str, json_: bool) -> None:  # noqa: FBT001
+def command(output: str, json_: bool) -> None:
     """Plan the built-in sample on DeepSeek's prefill unit, and score it on unseen windows.
 
     The sample is the routing of a small mixture-of-experts model under a drifting mix of text. The
@@ -87,9 +87,13 @@ def command(output: str, json_: bool) -> None:  # noqa: FBT001
     grid = show.table(
         f"on the {unseen.num_windows} windows it was not fitted to", "before", "after"
     )
-    grid.add_row("imbalance, mean", show.ratio(before.imbalance_mean), show.ratio(after.imbalance_mean))
     grid.add_row(
-        "imbalance, p95 of windows", show.ratio(before.imbalance_p95), show.ratio(after.imbalance_p95)
+        "imbalance, mean", show.ratio(before.imbalance_mean), show.ratio(after.imbalance_mean)
+    )
+    grid.add_row(
+        "imbalance, p95 of windows",
+        show.ratio(before.imbalance_p95),
+        show.ratio(after.imbalance_p95),
     )
     grid.add_row(
         "max dispatch receive, rows",
@@ -105,7 +109,10 @@ def command(output: str, json_: bool) -> None:  # noqa: FBT001
     # balance, they are on more ranks.
     grid.add_row(
         "ranks a token is sent to",
-        *(f"{t.sum(axis=1).mean() / len(routings):.2f}" for t in (tokens_before_LR, tokens_after_LR)),
+        *(
+            f"{t.sum(axis=1).mean() / len(routings):.2f}"
+            for t in (tokens_before_LR, tokens_after_LR)
+        ),
     )
     out.print(grid)
     out.print()

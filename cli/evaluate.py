@@ -22,25 +22,31 @@ __all__ = ["command"]
 @click.argument("plan_path", metavar="PLAN", type=click.Path())
 @profile_arguments
 @click.option(
-    "--split", type=Name("split rule", SPLIT_RULES),
+    "--split",
+    type=Name("split rule", SPLIT_RULES),
     help="Score under this rule instead of the plan's own.",
 )
 @click.option(
-    "--routings", metavar="FILE",
+    "--routings",
+    metavar="FILE",
     help="Token routings [tokens, layers, top_k] (.npy, or FILE.npz:ARRAY): adds the tokens that "
     "ranks receive, each counted once a rank.",
 )
 @windows_option
 @as_json
 def command(
-    plan_path: str, profiles: tuple[str, ...], split: str | None, routings: str | None,
-    windows: Any, json_: bool,  # noqa: FBT001
+    plan_path: str,
+    profiles: tuple[str, ...],
+    split: str | None,
+    routings: str | None,
+    windows: Any,
+    json_: bool,
 ) -> None:
-    """Score a plan on every window of some loads, without fitting anything.
+    r"""Score a plan on every window of some loads, without fitting anything.
 
     \b
     eplb evaluate plan.yaml tomorrow.npz
-    """  # noqa: D301
+    """
     from eplb.cli.show import progress
     from eplb.metrics import evaluate
     from eplb.plan_file import read_plan
@@ -84,7 +90,9 @@ def _show(
 
     out = show.console()
     out.print(show.profile_line(profile))
-    out.print(f"[bold]{plan.topology.label}[/] plan for {show.name(plan.model.name)}, split {split}")
+    out.print(
+        f"[bold]{plan.topology.label}[/] plan for {show.name(plan.model.name)}, split {split}"
+    )
     out.print()
     load_WLR = rank_load(profile, plan.placement, plan.topology, split)
     out.print(show.layer_table(profile, [("imbalance", balance, load_WLR)]))

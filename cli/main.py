@@ -28,11 +28,11 @@ COMMANDS = {
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is asked for."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+    def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names in the order of the help page."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command by name."""
         if cmd_name not in COMMANDS:
             return None
@@ -51,7 +51,7 @@ class LazyGroup(click.Group):
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="eplb")
 @click.option("--debug", is_flag=True, help="Show a traceback with an error.")
-def cli(debug: bool) -> None:  # noqa: ARG001, FBT001
+def cli(debug: bool) -> None:
     """Place the experts of a mixture-of-experts model on the ranks that serve it.
 
     Start with `eplb demo`. Results go to standard output, progress and errors to standard error.
@@ -79,7 +79,7 @@ def _run(words: list[str], *, debug: bool) -> int:
         return 130
     except BrokenPipeError:
         # Who reads our output has seen enough: leave quietly, as head(1) expects.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 141
     except Exception as error:  # noqa: BLE001
         # A bug of ours: still one line for who runs it, and how to get the rest.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ __all__ = ["Name", "as_json", "profile_arguments", "read_windows", "windows_opti
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Name(click.ParamType):
+class Name(click.ParamType[str]):
     """One of a fixed set of names; a wrong one is answered with the nearest."""
 
     name = "name"
@@ -23,20 +24,21 @@ class Name(click.ParamType):
     def __init__(self, kind: str, known: Iterable[str]) -> None:
         self.kind, self.known = kind, tuple(known)
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name if it is known."""
         if value not in self.known:
             self.fail(str(unknown_name(self.kind, str(value), self.known)), param, ctx)
         return str(value)
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:  # noqa: ARG002
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
         """Show a short list in full, a long one by what it is."""
         return "|".join(self.known) if len(self.known) <= 5 else "NAME"
 
     def shell_complete(
-        self, ctx: click.Context, param: click.Parameter, incomplete: str  # noqa: ARG002
+        self,
+        ctx: click.Context,
+        param: click.Parameter,
+        incomplete: str,
     ) -> list[click.shell_completion.CompletionItem]:
         """Complete names."""
         return [
@@ -46,7 +48,7 @@ class Name(click.ParamType):
         ]
 
 
-class Windows(click.ParamType):
+class Windows(click.ParamType[tuple[int | None, int | None]]):
     """A range of windows, ``START:STOP``, either side optional."""
 
     name = "START:STOP"
@@ -55,13 +57,13 @@ class Windows(click.ParamType):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> tuple[int | None, int | None]:
         """Return start and stop."""
-        start, colon, stop = str(value).partition(":")
-        try:
-            if not colon:
-                raise ValueError
-            return (int(start) if start else None, int(stop) if stop else None)
-        except ValueError:
-            self.fail(f"{value!r} is not a range of windows such as 0:120, 120: or :-60", param, ctx)
+        match = re.fullmatch(r"(-?\d{1,9})?:(-?\d{1,9})?", str(value))
+        if match is None:
+            self.fail(
+                f"{value!r} is not a range of windows such as 0:120, 120: or :-60", param, ctx
+            )
+        start, stop = (None if text is None else int(text) for text in match.groups())
+        return start, stop
 
 
 as_json = click.option("--json", "json_", is_flag=True, help="Print one JSON document instead.")

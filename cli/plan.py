@@ -31,34 +31,46 @@ __all__ = ["command", "make_plan", "show_plan", "topology_of"]
 @profile_arguments
 @click.option("--nodes", type=click.IntRange(min=1), required=True, help="Nodes of the cluster.")
 @click.option(
-    "--ranks-per-node", type=click.IntRange(min=1),
+    "--ranks-per-node",
+    type=click.IntRange(min=1),
     help="Ranks (GPUs) of a node; needed unless --topology says.",
 )
 @click.option(
-    "--slots-per-rank", type=click.IntRange(min=1), required=True,
+    "--slots-per-rank",
+    type=click.IntRange(min=1),
+    required=True,
     help="Routed experts a rank holds for each layer, redundant ones included.",
 )
 @click.option(
-    "--topology", type=Name("topology preset", TOPOLOGY_PRESETS),
+    "--topology",
+    type=Name("topology preset", TOPOLOGY_PRESETS),
     help="Machine, for bandwidths in the plan: " + ", ".join(TOPOLOGY_PRESETS) + ".",
 )
 @click.option(
-    "--model", type=Name("model preset", MODEL_PRESETS),
+    "--model",
+    type=Name("model preset", MODEL_PRESETS),
     help="Model, for names and sizes in the plan: " + ", ".join(MODEL_PRESETS) + ".",
 )
 @click.option("--groups", type=click.IntRange(min=1), help="Groups of group-limited routing.")
 @click.option("--hierarchical", is_flag=True, help="Keep each group's experts within a node.")
 @click.option("--solver", type=Name("solver", SOLVERS), default="greedy", show_default=True)
 @click.option(
-    "--objective", type=Name("objective", OBJECTIVES), default="mean", show_default=True,
+    "--objective",
+    type=Name("objective", OBJECTIVES),
+    default="mean",
+    show_default=True,
     help="Statistic over windows that is minimised.",
 )
 @click.option(
-    "--split", type=Name("split rule", SPLIT_RULES), default="even", show_default=True,
+    "--split",
+    type=Name("split rule", SPLIT_RULES),
+    default="even",
+    show_default=True,
     help="How tokens of an expert divide over its replicas.",
 )
 @click.option(
-    "--shared-ranks", is_flag=True,
+    "--shared-ranks",
+    is_flag=True,
     help="Allow two replicas of an expert on one rank, as DeepSeek's EPLB does.",
 )
 @click.option("--time-limit", type=click.FloatRange(min=0), help="Seconds, for anytime solvers.")
@@ -66,17 +78,17 @@ __all__ = ["command", "make_plan", "show_plan", "topology_of"]
 @windows_option
 @click.option("-o", "--output", type=click.Path(), required=True, metavar="PLAN")
 @as_json
-def command(  # noqa: D417
-    profiles: tuple[str, ...], output: str, json_: bool, windows: Any, **options: Any  # noqa: FBT001
+def command(
+    profiles: tuple[str, ...], output: str, json_: bool, windows: Any, **options: Any
 ) -> None:
-    """Plan replicas and placement for recorded loads, and prove how good the plan is.
+    r"""Plan replicas and placement for recorded loads, and prove how good the plan is.
 
     PROFILE is a recording (.npz, .npy, .csv, or a dump of SGLang: .json, .pt), or one array of it
     as FILE.npz:ARRAY. Several profiles are scenarios of one plan.
 
     \b
     eplb plan loads.npz --nodes 4 --ranks-per-node 8 --slots-per-rank 9 -o plan.yaml
-    """  # noqa: D301
+    """
     from eplb.cli.show import progress
     from eplb.files import check_writable
 
@@ -236,9 +248,9 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     out = show.console()
     out.print(show.profile_line(profile))
     out.print(
-        f"[bold]{topology.label}[/] on {show.plural(topology.num_nodes, 'node')}: {topology.num_slots} "
-        f"slots a layer, {topology.num_slots - model.num_experts} redundant; split "
-        f"{problem.split}; {solution.solver}, "
+        f"[bold]{topology.label}[/] on {show.plural(topology.num_nodes, 'node')}: "
+        f"{topology.num_slots} slots a layer, {topology.num_slots - model.num_experts} redundant; "
+        f"split {problem.split}; {solution.solver}, "
         f"{'hierarchical' if problem.groups_in_nodes else 'global'}"
     )
     out.print()

@@ -24,13 +24,13 @@ def command() -> None:
 @profile_arguments
 @windows_option
 @as_json
-def show_command(profiles: tuple[str, ...], windows: Any, json_: bool) -> None:  # noqa: FBT001
-    """Print what profiles hold: shape, skew of each layer, hottest experts, drift.
+def show_command(profiles: tuple[str, ...], windows: Any, json_: bool) -> None:
+    r"""Print what profiles hold: shape, skew of each layer, hottest experts, drift.
 
     \b
     eplb profile show loads.npz
     eplb profile show monday.npz sunday.npz
-    """  # noqa: D301
+    """
     from eplb.cli.show import progress
     from eplb.profiles import summarise
 
@@ -50,14 +50,18 @@ def show_command(profiles: tuple[str, ...], windows: Any, json_: bool) -> None: 
 @click.option("--phase", help="Name the phase of all windows: prefill, decode or mixed.")
 @as_json
 def convert_command(
-    profiles: tuple[str, ...], output: str, windows: Any, scenario: str | None, phase: str | None,
-    json_: bool,  # noqa: FBT001
+    profiles: tuple[str, ...],
+    output: str,
+    windows: Any,
+    scenario: str | None,
+    phase: str | None,
+    json_: bool,
 ) -> None:
-    """Write profiles as one file of another format: .npz, .npy, .csv or .json (SGLang).
+    r"""Write profiles as one file of another format: .npz, .npy, .csv or .json (SGLang).
 
     \b
     eplb profile convert expert_distribution_recorder_1.pt -o loads.npz
-    """  # noqa: D301
+    """
     from dataclasses import replace
 
     from eplb.cli.show import progress
@@ -106,8 +110,9 @@ def _show(summary: ProfileSummary) -> None:
         skews = np.array([layer.max_over_mean for layer in layers])
         worst = layers[int(skews.argmax())]
         grid.add_row(
-            str(worst.layer_id) if len(layers) == 1 else f"{worst.layer_id} (worst of "
-            f"{layers[0].layer_id}-{layers[-1].layer_id})",
+            str(worst.layer_id)
+            if len(layers) == 1
+            else f"{worst.layer_id} (worst of {layers[0].layer_id}-{layers[-1].layer_id})",
             f"{worst.max_over_mean:.2f}",
             show.percent(worst.top_10_percent),
             str(worst.idle_experts),
@@ -117,9 +122,9 @@ def _show(summary: ProfileSummary) -> None:
     if summary.num_windows > 1:
         out.print()
         out.print(
-            f"Drift (part of the load that falls on other experts): {show.percent(summary.window_drift)}"
-            f" from a window to the next, {show.percent(summary.half_drift)} from the first half to "
-            "the second"
+            "Drift (part of the load that falls on other experts): "
+            f"{show.percent(summary.window_drift)} from a window to the next, "
+            f"{show.percent(summary.half_drift)} from the first half to the second"
         )
     if summary.scenario_drift:
         out.print()

@@ -7,6 +7,7 @@ Shape letters: W windows, L layers, R ranks.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -133,7 +134,7 @@ def heat_strip(rank_load_R: FloatArray, cells: int = STRIP_CELLS) -> Text:
 def layer_groups(num_layers: int, most: int = 8) -> list[slice]:
     """Split the layers into at most ``most`` runs of nearly equal length."""
     edges = np.linspace(0, num_layers, min(num_layers, most) + 1).round().astype(int)
-    return [slice(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(int(a), int(b)) for a, b in itertools.pairwise(edges)]
 
 
 def layer_table(

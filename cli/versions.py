@@ -17,7 +17,7 @@ PACKAGES = ("eplb-toolkit", "numpy", "click", "pyyaml", "rich", "torch")
 
 @click.command("versions")
 @as_json
-def command(json_: bool) -> None:  # noqa: FBT001
+def command(json_: bool) -> None:
     """Print the versions that a bug report needs."""
     found = {
         "python": platform.python_version(),

@@ -33,9 +33,7 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
             "it first"
         )
     if target.exists() and not target.is_file():
-        raise InvalidInput(
-            f"cannot write {os.fspath(path)}: it is not a regular file; name a file"
-        )
+        raise InvalidInput(f"cannot write {os.fspath(path)}: it is not a regular file; name a file")
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise InvalidInput(
             f"cannot write {os.fspath(path)}: no permission in {target.parent}; choose another "

@@ -7,6 +7,7 @@ Shape letters: W windows, L layers, E logical experts.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,7 @@ class LoadProfile:
                 f"{self.source}: {len(ids)} layer_ids for {num_layers} layers of counts; give one "
                 "a layer"
             )
-        if ids[0] < 0 or any(b <= a for a, b in zip(ids, ids[1:], strict=False)):
+        if ids[0] < 0 or any(b <= a for a, b in itertools.pairwise(ids)):
             raise InvalidInput(
                 f"{self.source}: layer_ids must be non-negative and strictly increasing, got "
                 f"{_preview(ids)}"
@@ -151,8 +152,9 @@ class LoadProfile:
                 f"{source}: {len(ids)} layer_ids for {num_layers} layers of counts; give one a "
                 "layer"
             )
-        sparse_L = array.any(axis=(0, 2))
-        used_W = array.any(axis=(1, 2))
+        loaded_WL: NDArray[np.bool_] = np.any(array, axis=2)
+        sparse_L: NDArray[np.bool_] = np.any(loaded_WL, axis=0)
+        used_W: NDArray[np.bool_] = np.any(loaded_WL, axis=1)
         if not sparse_L.any():
             raise InvalidInput(f"{source}: all counts are zero; record while tokens are served")
 
@@ -166,9 +168,11 @@ class LoadProfile:
             return tuple(label for label, used in zip(labels, used_W, strict=True) if used)
 
         def numbers(values: ArrayLike | None, name: str) -> FloatArray | None:
-            return None if values is None else _window_values(
-                values, num_windows, name, source
-            )[used_W]
+            return (
+                None
+                if values is None
+                else _window_values(values, num_windows, name, source)[used_W]
+            )
 
         return cls(
             counts_WLE=array[used_W][:, sparse_L],
@@ -223,11 +227,13 @@ class LoadProfile:
         ``imbalance_mean``. A single window is returned unscaled, so that whole counts stay whole.
         """
         if self.num_windows == 1:
-            return self.counts_WLE[0]
+            only: FloatArray = self.counts_WLE[0]
+            return only
         total_WL = self.counts_WLE.sum(axis=2)
         weight_WL = np.divide(1.0, total_WL, out=np.zeros_like(total_WL), where=total_WL > 0)
-        mean: FloatArray = np.einsum("wle,wl->le", self.counts_WLE, weight_WL)
-        return mean / np.count_nonzero(total_WL, axis=0)[:, np.newaxis]
+        sum_LE = np.einsum("wle,wl->le", self.counts_WLE, weight_WL)
+        mean: FloatArray = sum_LE / np.count_nonzero(total_WL, axis=0)[:, np.newaxis]
+        return mean
 
     def windows(self, start: int | None, stop: int | None) -> LoadProfile:
         """Return the windows ``start:stop`` (as Python slices count) as a profile.
@@ -348,7 +354,9 @@ def _numeric(values: ArrayLike, source: str) -> NDArray[Any]:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError):
-        raise InvalidInput(f"{source}: counts must be a full array, not rows of different length") from None
+        raise InvalidInput(
+            f"{source}: counts must be a full array, not rows of different length"
+        ) from None
     if array.dtype.kind not in "uifb":
         raise InvalidInput(f"{source}: counts must be numbers, got {array.dtype}")
     return array

@@ -112,9 +112,7 @@ def _ratio(largest: FloatArray, mean: FloatArray) -> FloatArray:
     return ratio
 
 
-def evaluate(
-    profile: LoadProfile, placement: Placement, topology: Topology, split: str
-) -> Balance:
+def evaluate(profile: LoadProfile, placement: Placement, topology: Topology, split: str) -> Balance:
     """Score a placement on every window of a profile, without fitting anything.
 
     Raises

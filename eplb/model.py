@@ -1,7 +1,8 @@
-"""Mixture-of-experts models: which decoder layers have experts, how many, and how large they are."""
+"""Mixture-of-experts models: which decoder layers have experts, how many, and how large."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 from eplb.errors import InvalidInput, unknown_name
@@ -95,7 +96,7 @@ def is_layer_ids(ids: tuple[object, ...]) -> bool:
     return (
         0 < len(ids) == len(numbers)
         and numbers[0] >= 0
-        and all(a < b for a, b in zip(numbers, numbers[1:], strict=False))
+        and all(a < b for a, b in itertools.pairwise(numbers))
     )
 
 

@@ -157,7 +157,7 @@ def _quality(document: Mapping[Any, Any]) -> Quality | None:
     figures = {}
     for field in Quality.__dataclass_fields__:
         value = values.get(field)
-        if type(value) not in (int, float):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
             raise InvalidInput(f"quality.{field} must be a number, got {_short(value)}")
         figures[field] = float(value)
     return Quality(**figures)
@@ -211,7 +211,7 @@ def _short(value: object) -> str:
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """YAML's safe loader, which refuses a key that comes twice."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
             if isinstance(key_node, yaml.ScalarNode):
@@ -227,7 +227,7 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """YAML's safe dumper without anchors."""
 
-    def ignore_aliases(self, data: object) -> bool:  # noqa: ARG002
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -259,5 +259,7 @@ def _load(path: Path, name: str) -> dict[Any, Any]:
         # PyYAML lets errors of the constructors of dates, numbers and sets through.
         raise InvalidInput(f"{name}: not a plan: {type(error).__name__}: {error}") from None
     if not isinstance(document, dict):
-        raise InvalidInput(f"{name} is not a plan; a plan is a YAML mapping with schema {PLAN_SCHEMA}")
+        raise InvalidInput(
+            f"{name} is not a plan; a plan is a YAML mapping with schema {PLAN_SCHEMA}"
+        )
     return document

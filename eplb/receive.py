@@ -85,9 +85,7 @@ def _replicas_on_rank(
     return count.reshape(placement.num_experts, topology.num_ranks).astype(np.float64)
 
 
-def _share_from(
-    source: int, on_rank_ER: FloatArray, topology: Topology, split: str
-) -> FloatArray:
+def _share_from(source: int, on_rank_ER: FloatArray, topology: Topology, split: str) -> FloatArray:
     """Return where the tokens of rank ``source`` go: parts of each expert's, shape [E, R]."""
     reachable_ER = on_rank_ER
     if split == "nearest":

@@ -38,13 +38,13 @@ def slot_share(
 
 
 def _even(phys_to_log_LS: IntArray, num_experts: int, topology: Topology) -> FloatArray:
-    """Each replica receives the same (round robin or hashing)."""
+    """Give each replica the same part, as round robin and hashing do."""
     count_LS = _of_slots(replica_count(phys_to_log_LS, num_experts), phys_to_log_LS)
     return np.where(phys_to_log_LS >= 0, 1.0 / np.maximum(count_LS, 1), 0.0)
 
 
 def _nearest(phys_to_log_LS: IntArray, num_experts: int, topology: Topology) -> FloatArray:
-    """A rank uses its own replicas, else those of its node, else all, evenly within each class.
+    """Let a rank use its own replicas, else those of its node, else all; evenly in each class.
 
     For a slot on rank r of node n, whose expert has d replicas on r, c on n and a in all, is on h
     ranks of n and on m of the nodes, the share is::

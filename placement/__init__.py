@@ -1,2 +1,6 @@
+"""Solvers and bounds: counts in, placements with a proof out."""
+
 if __name__ != "eplb.placement":
-    raise ImportError("import eplb.placement; the bare name would make a second copy of its classes")
+    raise ImportError(
+        "import eplb.placement; the bare name would make a second copy of its classes"
+    )

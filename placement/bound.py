@@ -20,6 +20,7 @@ Shape letters: W windows, L layers, E experts, R ranks, K slots of a rank.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
 from eplb.problem import Problem
@@ -67,8 +68,9 @@ def layer_bounds(problem: Problem, imbalance_L: FloatArray) -> FloatArray:
         out=np.full(total_WL.shape, np.nan),
         where=total_WL > 0,
     )
-    window_L: FloatArray = np.nanmean(np.fmax(hottest_WL, total_WL * 0 + 1), axis=0)
-    return np.maximum(bound_L, window_L)
+    window_L = np.nanmean(np.fmax(hottest_WL, total_WL * 0 + 1), axis=0)
+    best_L: FloatArray = np.maximum(bound_L, window_L)
+    return best_L
 
 
 def load_bound(
@@ -101,7 +103,7 @@ def load_bound(
     scale_L = load_LE.max(axis=1, keepdims=True)
     load_LE = load_LE / scale_L
     load_LE = load_LE * (num_ranks / load_LE.sum(axis=1, keepdims=True))
-    low_L = np.maximum(1.0, load_LE.max(axis=1) / max_replicas)
+    low_L: FloatArray = np.maximum(1.0, load_LE.max(axis=1) / max_replicas)
     if not even:
         return low_L
     high_L = low_L * 4 if reached_L is None else np.maximum(reached_L, low_L)
@@ -123,7 +125,7 @@ def _max_replicas(num_experts: int, num_ranks: int, num_slots: int) -> int:
 
 def _out_of_reach(
     load_LE: FloatArray, target_L: FloatArray, num_ranks: int, slots_per_rank: int
-) -> FloatArray:
+) -> NDArray[np.bool_]:
     """Return for which layers no placement can have all rank loads at or below the target."""
     target_L1 = target_L[:, np.newaxis]
     limit = num_ranks * (1 + _SLACK)

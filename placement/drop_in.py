@@ -1,4 +1,4 @@
-"""``rebalance_experts`` with the signature, results, dtypes and shapes of DeepSeek's ``eplb.py``."""
+"""``rebalance_experts`` with the signature, results and types of DeepSeek's ``eplb.py``."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def rebalance_experts(
     >>> phy2log
     array([[1, 3, 2, 1, 0, 0]])
     """
-    torch = sys.modules.get("torch")
+    # Whoever has a tensor has imported torch.
+    torch: Any = sys.modules.get("torch")
     is_tensor = torch is not None and isinstance(weight, torch.Tensor)
     load = weight.detach().float().cpu().numpy() if is_tensor else np.asarray(weight)
     load_LE = _check_load(load)

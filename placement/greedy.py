@@ -57,9 +57,7 @@ def place_greedy(
     slots_of_node = num_slots // num_nodes
 
     node_expert_LE = _experts_by_node(load_LE, num_nodes, num_groups, order)
-    node_load_LE = (
-        load_LE if node_expert_LE is None else take_rows(load_LE, node_expert_LE)
-    )
+    node_load_LE = load_LE if node_expert_LE is None else take_rows(load_LE, node_expert_LE)
     node_load_XE = node_load_LE.reshape(num_layers * num_nodes, experts_of_node)
     expert_XS, replica_XS, replica_load_XE = replicate(
         node_load_XE, slots_of_node, ranks_of_node if distinct_ranks else slots_of_node
@@ -97,4 +95,5 @@ def _experts_by_node(
     )
     group_LG = pack_balanced(load_LG, order(load_LG), num_nodes)
     expert_LGE = group_LG[:, :, np.newaxis] * group_size + np.arange(group_size)
-    return expert_LGE.reshape(num_layers, num_experts)
+    expert_LE: IntArray = expert_LGE.reshape(num_layers, num_experts)
+    return expert_LE

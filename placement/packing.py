@@ -22,14 +22,15 @@ __all__ = ["falling_order", "pack_balanced"]
 
 # A key holds a float32 in its upper and an index in its lower half. Non-negative floats sort as
 # their bits do, so one integer comparison finds the lightest, the first of equals. The halves are
-# read and written as views, which relies on "<i8" having the float second.
-_KEY, _FLOAT, _INDEX = np.dtype("<i8"), np.dtype("<f4"), np.dtype("<u4")
+# read and written as views of an int64, whose second half is the upper one on a little-endian
+# machine.
+_FLOAT, _INDEX = np.dtype("<f4"), np.dtype("<u4")
 _FULL = np.int64(int(np.float32(np.inf).view(np.int32)) << 32)
 
 
 def falling_order(weight_XI: NDArray[np.float32]) -> IntArray:
     """Return the items of each row by falling weight, equals by index, shape [X, I]."""
-    key = np.empty(weight_XI.shape, _KEY)
+    key = np.empty(weight_XI.shape, np.int64)
     upper = key.view(np.dtype("<i4"))[:, 1::2]
     np.negative(weight_XI.view(np.int32), out=upper)
     key.view(_INDEX)[:, 0::2] = np.arange(weight_XI.shape[1])
@@ -37,9 +38,7 @@ def falling_order(weight_XI: NDArray[np.float32]) -> IntArray:
     return key.view(_INDEX)[:, 0::2].astype(np.int64)
 
 
-def pack_balanced(
-    weight_XI: NDArray[np.float32], order_XI: IntArray, num_packs: int
-) -> IntArray:
+def pack_balanced(weight_XI: NDArray[np.float32], order_XI: IntArray, num_packs: int) -> IntArray:
     """Return which item each place holds, shape [X, I]; pack p owns places p*I/P to (p+1)*I/P.
 
     Places of a pack are in order of assignment.
@@ -68,7 +67,7 @@ def pack_balanced(
     content = np.empty(num_rows * num_items, np.int64)
 
     # Key of a pack: its weight, and the next place to fill, counted through all rows.
-    key_XP = np.arange(0, num_rows * num_items, pack_size, _KEY).reshape(num_rows, num_packs)
+    key_XP = np.arange(0, num_rows * num_items, pack_size).reshape(num_rows, num_packs)
     at_XP = np.arange(num_rows)[:, np.newaxis] * (num_items + num_packs) + np.arange(num_packs)
     lightest_XP = np.full(key_XP.shape, _FULL)
     num_left = num_rows * num_items

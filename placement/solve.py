@@ -77,7 +77,10 @@ def solve(
 
 
 def _greedy(
-    problem: Problem, *, seed: int, time_limit_s: float | None  # noqa: ARG001
+    problem: Problem,
+    *,
+    seed: int,
+    time_limit_s: float | None,
 ) -> tuple[Placement, str]:
     """DeepSeek's algorithm on the mean load. Deterministic, and done before any time limit."""
     load_LE = problem.profile.mean_load_LE()

@@ -18,6 +18,10 @@ from eplb.arrays import FloatArray, IntArray, take_rows
 
 __all__ = ["spread_replicas"]
 
+# Loads within this fraction are equal: a rank's load is summed in another order after a swap, and
+# swaps that win nothing but rounding would go on for ever.
+_ROUNDING = 1e-12
+
 
 def spread_replicas(
     label_XS: IntArray, expert_XS: IntArray, load_XS: FloatArray, num_ranks: int
@@ -40,7 +44,7 @@ def spread_replicas(
     if not len(rows):
         return
     slots = _Slots(label_XS[rows], expert_XS[rows], load_XS[rows], num_ranks)
-    allowed_Y = slots.rank_load(np.arange(len(rows))).max(axis=1) * (1 + 1e-12)
+    allowed_Y = slots.rank_load(np.arange(len(rows))).max(axis=1) * (1 + _ROUNDING)
     _separate(slots, doubled_XS[rows])
     # Candidates of a swap with a whole rank, in arrays no larger than a few times the result.
     batch = max(1, 8 * len(expert_XS) // slots.slots_per_rank)
@@ -107,7 +111,7 @@ def _lower_peaks(slots: _Slots, rows: IntArray, allowed_Y: FloatArray, num_tried
             return
         rows, peak_Y = rows[above], peak_Y[above]
         slot, partner, new_peak = _best_swap(slots, rows, _slots_of_peak(slots, rows))
-        better = new_peak < peak_Y
+        better = new_peak < peak_Y * (1 - _ROUNDING)
         slots.swap(rows[better], slot[better], partner[better])
         for at in np.flatnonzero(~better):
             better[at] = _swap_twice(slots, rows[at], peak_Y[at], num_tried)
@@ -117,7 +121,10 @@ def _lower_peaks(slots: _Slots, rows: IntArray, allowed_Y: FloatArray, num_tried
 def _slots_of_peak(slots: _Slots, rows: IntArray) -> IntArray:
     """Return the slots of the largest rank of each row, shape [Y, K]."""
     rank_Y = slots.rank_load(rows).argmax(axis=1)
-    return rank_Y[:, np.newaxis] * slots.slots_per_rank + np.arange(slots.slots_per_rank)
+    slots_YK: IntArray = rank_Y[:, np.newaxis] * slots.slots_per_rank + np.arange(
+        slots.slots_per_rank
+    )
+    return slots_YK
 
 
 def _swap_twice(slots: _Slots, row: np.int64, peak: np.float64, num_tried: int) -> bool:
@@ -139,7 +146,7 @@ def _swap_twice(slots: _Slots, row: np.int64, peak: np.float64, num_tried: int) 
     allowed = np.isfinite(second_peak)
     copies.swap(every[allowed], slot[allowed], partner[allowed])
     peak_Y = copies.rank_load(every).max(axis=1)
-    if peak_Y.min(initial=np.inf) >= peak:
+    if peak_Y.min(initial=np.inf) >= peak * (1 - _ROUNDING):
         return False
     slots.put(row, copies, int(peak_Y.argmin()))
     return True

@@ -2,8 +2,8 @@
 
 The recorder writes one of two things. ``stat`` modes give ``logical_count [buffer, L, E]``, summed
 over ranks: a ring buffer, so unused rows are all zero and rows are not in order of time.
-``per_pass`` and ``per_token`` modes give one file a rank: a list of records with the rank's own part
-of ``global_physical_count [L, S]``, and the map from physical to logical experts at the end.
+``per_pass`` and ``per_token`` modes give one file a rank: a list of records with the rank's own
+part of ``global_physical_count [L, S]``, and the map from physical to logical experts at the end.
 Layers are absolute: dense ones have rows of zeros.
 """
 

@@ -62,8 +62,12 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
     except FileNotFoundError:
         raise InvalidInput(f"{path} does not exist; check the path") from None
     except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot read {text}: {getattr(error, 'strerror', None) or error}") from None
-    return Source(path=path, array=array, name=path.name if array is None else f"{path.name}:{array}")
+        raise InvalidInput(
+            f"cannot read {text}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    return Source(
+        path=path, array=array, name=path.name if array is None else f"{path.name}:{array}"
+    )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Shape letters: W windows, L layers, E experts, C scenarios.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -112,7 +113,7 @@ def summarise(profile: LoadProfile) -> ProfileSummary:
     """Describe a profile."""
     counts_WLE = profile.counts_WLE
     half = profile.num_windows // 2
-    steps = [drift(a, b) for a, b in zip(counts_WLE[:-1], counts_WLE[1:], strict=True)]
+    steps = [drift(a, b) for a, b in itertools.pairwise(counts_WLE)]
     scenario_W = np.array(profile.scenario_W)
     load_CLE = {name: counts_WLE[scenario_W == name].sum(axis=0) for name in profile.scenarios}
     names = list(load_CLE)

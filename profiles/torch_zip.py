@@ -173,7 +173,7 @@ def _tensor_of_dtype(
     offset: int,
     size: tuple[int, ...],
     stride: tuple[int, ...],
-    requires_grad: bool,  # noqa: FBT001
+    requires_grad: bool,
     hooks: Any,
     dtype: _StorageType,
     *_: Any,

@@ -108,8 +108,8 @@ def test_profiles_that_disagree(run, tmp_path, name, pattern):
         (2, "over the limit", "--nodes 99999 --ranks-per-node 9999 --slots-per-rank 9"),
         (2, "does not divide the 16", f"{' '.join(NODES)} --groups 5"),
         (2, "needs the number of routing groups", f"{' '.join(NODES)} --hierarchical"),
-        (2, "use 1 nodes", "--nodes 2 --ranks-per-node 2 --slots-per-rank 5 --hierarchical "
-            "--groups 1"),
+        (2, "use 1 nodes", ("--nodes 2 --ranks-per-node 2 --slots-per-rank 5 --hierarchical "
+            "--groups 1")),
         (2, "did you mean 'even'", f"{' '.join(NODES)} --split evn"),
         (2, "did you mean 'greedy'", f"{' '.join(NODES)} --solver gredy"),
         (2, "did you mean 'mean'", f"{' '.join(NODES)} --objective meen"),
@@ -217,7 +217,10 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     code = "from eplb.cli.main import main; main(['demo'])"
     command = f'"{sys.executable}" -c "{code}" | head -n 1'
     result = subprocess.run(
-        ["bash", "-c", command], capture_output=True, check=False, cwd=tmp_path  # noqa: S607
+        ["bash", "-c", command],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert b"Traceback" not in result.stderr
     assert b"BrokenPipe" not in result.stderr

@@ -152,7 +152,10 @@ def test_a_model_that_contradicts_itself_is_refused(change: dict[str, Any], mess
         ({"slots_per_rank": 1.5}, "slots_per_rank must be a whole number"),
         ({"ranks_per_node": 1 << 20}, "2097152 slots, over the limit"),
         ({"intra_node_bytes_per_s": 0}, "intra_node_bytes_per_s must be a positive number"),
-        ({"inter_node_bytes_per_s": float("nan")}, "inter_node_bytes_per_s must be a positive number"),
+        (
+            {"inter_node_bytes_per_s": float("nan")},
+            "inter_node_bytes_per_s must be a positive number",
+        ),
     ],
 )
 def test_a_topology_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:

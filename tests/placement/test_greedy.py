@@ -94,7 +94,9 @@ def test_distinct_ranks_always(case):
 def test_distinct_ranks_cost_no_balance_at_real_sizes(
     num_experts, num_ranks, slots_per_rank, num_nodes, seed, spread
 ):
-    load_LE = np.round(1000 * np.random.default_rng(seed).lognormal(0, spread, (4, num_experts))) + 1
+    load_LE = (
+        np.round(1000 * np.random.default_rng(seed).lognormal(0, spread, (4, num_experts))) + 1
+    )
     sizes = {
         "num_slots": num_ranks * slots_per_rank,
         "num_ranks": num_ranks,

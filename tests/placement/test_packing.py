@@ -54,7 +54,9 @@ def test_one_item_a_pack_keeps_the_order():
 
 def test_weightless_items_fill_the_first_pack_first():
     weight_XI = np.zeros((2, 6), np.float32)
-    assert pack_balanced(weight_XI, falling_order(weight_XI), 2).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert (
+        pack_balanced(weight_XI, falling_order(weight_XI), 2).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    )
 
 
 @given(loads(4, 50))

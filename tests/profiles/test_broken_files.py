@@ -160,7 +160,7 @@ def test_profiles_of_two_models(tmp_path):
     np.save(tmp_path / "a.npy", np.ones((2, 3)))
     np.save(tmp_path / "b.npy", np.ones((2, 4)))
     np.save(tmp_path / "c.npy", np.ones((3, 3)))
-    with pytest.raises(InvalidInput, match="4 experts, a.npy has 3"):
+    with pytest.raises(InvalidInput, match=r"4 experts, a\.npy has 3"):
         read_profiles([tmp_path / "a.npy", tmp_path / "b.npy"])
     with pytest.raises(InvalidInput, match=r"ids 2 are in one only"):
         read_profiles([tmp_path / "a.npy", tmp_path / "c.npy"])

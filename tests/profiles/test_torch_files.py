@@ -203,5 +203,5 @@ def test_a_truncated_dump(torch, path):
     torch.save(torch.ones(3, 4), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InvalidInput, match="not a zip file of torch.save"):
+    with pytest.raises(InvalidInput, match=r"not a zip file of torch\.save"):
         read_profile(path)
