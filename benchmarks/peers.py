@@ -171,7 +171,7 @@ def main() -> None:
                     f"{row.get('layers_better_than_deepseek')}"
                 )
     if arguments.output:
-        report = {"environment": environment(), "results": results}
+        report = {"environment": environment(Path(arguments.recording).name), "results": results}
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
