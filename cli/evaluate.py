@@ -42,7 +42,7 @@ def command(
     windows: Any,
     json_: bool,
 ) -> None:
-    r"""Score a plan on every window of some loads, without fitting anything.
+    """Score a plan on every window of some loads, without fitting anything.
 
     \b
     eplb evaluate plan.yaml tomorrow.npz
@@ -87,12 +87,13 @@ def _show(
 ) -> None:
     from eplb.cli import show
     from eplb.metrics import rank_load
+    from eplb.model import UNKNOWN_MODEL
 
     out = show.console()
     out.print(show.profile_line(profile))
-    out.print(
-        f"[bold]{plan.topology.label}[/] plan for {show.name(plan.model.name)}, split {split}"
-    )
+    known = plan.model.name != UNKNOWN_MODEL
+    of_model = f" for {show.name(plan.model.name)}" if known else ""
+    out.print(f"[bold]{plan.topology.label}[/] plan{of_model}, split {split}")
     out.print()
     load_WLR = rank_load(profile, plan.placement, plan.topology, split)
     out.print(show.layer_table(profile, [("imbalance", balance, load_WLR)]))

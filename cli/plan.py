@@ -14,7 +14,7 @@ from eplb import __version__
 from eplb.cli.options import Name, as_json, profile_arguments, read_windows, windows_option
 from eplb.errors import InvalidInput
 from eplb.load_profile import LoadProfile
-from eplb.model import MODEL_PRESETS, MoEModel, model_preset
+from eplb.model import MODEL_PRESETS, UNKNOWN_MODEL, MoEModel, model_preset
 from eplb.placement.solve import SOLVERS, solve
 from eplb.plan import Plan, Quality
 from eplb.problem import OBJECTIVES, Problem, Solution
@@ -81,7 +81,7 @@ __all__ = ["command", "make_plan", "show_plan", "topology_of"]
 def command(
     profiles: tuple[str, ...], output: str, json_: bool, windows: Any, **options: Any
 ) -> None:
-    r"""Plan replicas and placement for recorded loads, and prove how good the plan is.
+    """Plan replicas and placement for recorded loads, and prove how good the plan is.
 
     PROFILE is a recording (.npz, .npy, .csv, or a dump of SGLang: .json, .pt), or one array of it
     as FILE.npz:ARRAY. Several profiles are scenarios of one plan.
@@ -153,7 +153,7 @@ def _model_of(profile: LoadProfile, options: dict[str, Any]) -> MoEModel:
         model = replace(model, layer_ids=profile.layer_ids)
     else:
         model = MoEModel(
-            name=recorded if isinstance(recorded, str) else "unknown",
+            name=recorded if isinstance(recorded, str) else UNKNOWN_MODEL,
             num_experts=profile.num_experts,
             layer_ids=profile.layer_ids,
             num_groups=_recorded_count(profile, "num_groups") or 1,

@@ -25,7 +25,7 @@ def command() -> None:
 @windows_option
 @as_json
 def show_command(profiles: tuple[str, ...], windows: Any, json_: bool) -> None:
-    r"""Print what profiles hold: shape, skew of each layer, hottest experts, drift.
+    """Print what profiles hold: shape, skew of each layer, hottest experts, drift.
 
     \b
     eplb profile show loads.npz
@@ -57,7 +57,7 @@ def convert_command(
     phase: str | None,
     json_: bool,
 ) -> None:
-    r"""Write profiles as one file of another format: .npz, .npy, .csv or .json (SGLang).
+    """Write profiles as one file of another format: .npz, .npy, .csv or .json (SGLang).
 
     \b
     eplb profile convert expert_distribution_recorder_1.pt -o loads.npz

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 from eplb.errors import InvalidInput, unknown_name
 
-__all__ = ["MODEL_PRESETS", "MoEModel", "model_preset"]
+__all__ = ["MODEL_PRESETS", "UNKNOWN_MODEL", "MoEModel", "model_preset"]
+
+# The name of a model that nothing names.
+UNKNOWN_MODEL = "unknown"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,8 @@
-"""Every benchmark runs once, untimed."""
+"""Every benchmark runs once, untimed, and the documents show what was measured."""
 
 import pytest
 import specs  # noqa: F401  (fills the registry)
+import tables
 from registry import REGISTRY
 
 
@@ -9,3 +10,9 @@ from registry import REGISTRY
 def test_runs(label):
     spec = REGISTRY[label]
     spec.setup(**spec.parameters)()
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_what_the_results_give(page):
+    assert tables.render(page.read_text()) == page.read_text()
+    assert "<!-- table:" in page.read_text()

@@ -175,3 +175,10 @@ def test_every_command_has_help(run):
     for command in ("demo", "plan", "evaluate", "profile", "versions"):
         assert command in run("--help").out
         assert run(command, "--help").out.startswith(f"Usage: eplb {command}")
+
+
+def test_examples_in_help_stand_on_a_line_of_their_own(run):
+    for command in (["plan"], ["evaluate"], ["profile", "show"], ["profile", "convert"]):
+        text = run(*command, "--help").out
+        assert "\\b" not in text
+        assert f"\n  eplb {' '.join(command)} " in text

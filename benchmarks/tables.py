@@ -1,0 +1,110 @@
+"""Render the tables of docs/measured.md and README.md: ``python benchmarks/tables.py [--check]``.
+
+Each table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from a file in
+``benchmarks/results``, which ``peers.py`` and ``run.py`` write.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def _report(name: str) -> tuple[Any, dict[str, Any]]:
+    report = json.loads((RESULTS / name).read_text())
+    return report["results"], report["environment"]
+
+
+def _markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _measured_on(environment: dict[str, Any]) -> str:
+    return (
+        f"\n{environment['processor']}, one thread, Python {environment['python']}, numpy "
+        f"{environment['numpy']}, {environment['date'][:10]}.\n"
+    )
+
+
+def greedy() -> str:
+    """Return imbalance and time of the greedy solvers, all deployments."""
+    results, environment = _report("greedy-beside-peers.json")
+    body = [
+        [
+            row["deployment"],
+            row["policy"],
+            row["solver"],
+            f"{row['imbalance_mean']:.4f}",
+            f"{row['imbalance_worst_layer']:.3f}",
+            f"{row['layers_worse_than_deepseek']} / {row['layers_better_than_deepseek']}",
+            f"{row['median_ms']:.1f} ({row['min_ms']:.1f})",
+        ]
+        for row in results
+    ]
+    head = ["", "policy", "solver", "imbalance, mean", "worst layer",
+            "layers worse / better than DeepSeek's", "ms, median (least)"]  # fmt: skip
+    return _markdown(head, body) + _measured_on(environment)
+
+
+def greedy_short() -> str:
+    """Return a row a deployment: mean imbalance and median time of each solver, global policy."""
+    results, _ = _report("greedy-beside-peers.json")
+    by_name = {
+        (
+            row["deployment"],
+            row["solver"],
+        ): f"{row['imbalance_mean']:.4f}, {row['median_ms']:.1f} ms"
+        for row in results
+        if row["policy"] == "global"
+    }
+    solvers = list(dict.fromkeys(solver for _, solver in by_name))
+    deployments = dict.fromkeys(deployment for deployment, _ in by_name)
+    body = [[d, *(by_name[d, solver] for solver in solvers)] for d in deployments]
+    return _markdown(["", *solvers], body)
+
+
+def timings() -> str:
+    """Return the times of the project's own benchmarks."""
+    results, environment = _report("timings.json")
+    body = [
+        [f"`{label}`", f"{figures['median_ms']:.2f}", f"{figures['min_ms']:.2f}"]
+        for label, figures in results.items()
+    ]
+    return _markdown(["benchmark", "ms, median", "least"], body) + _measured_on(environment)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "greedy": greedy,
+    "greedy-short": greedy_short,
+    "timings": timings,
+}
+
+
+def render(page: str) -> str:
+    """Return a page with every table made anew."""
+    return _TABLE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], page)
+
+
+def main() -> int:
+    """Write the pages, or with ``--check`` say which are not what the results give."""
+    stale = [page for page in PAGES if render(page.read_text()) != page.read_text()]
+    for page in stale:
+        if "--check" in sys.argv[1:]:
+            print(f"{page.name} is not what benchmarks/results gives: run benchmarks/tables.py")
+        else:
+            page.write_text(render(page.read_text()))
+    return bool(stale and "--check" in sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
