@@ -5,8 +5,9 @@ lightest pack that has room, the first of equally light ones. Weights add up in 
 
 Done one item at a time this is I dependent steps. But while the packs that were light at the start
 of a round are still lighter than what the round has made of the packs before them, the next items
-go to them in that order: a round of up to one item a pack is a sort and a running minimum. Real
-loads take about as many rounds as a pack has places.
+go to them in that order; packs that the round fills are out of the way. So a round of up to one
+item a pack is a sort and a running minimum. Real loads take about as many rounds as a pack has
+places.
 
 Shape letters: X rows, I items, P packs.
 """
@@ -72,22 +73,21 @@ def pack_balanced(weight_XI: NDArray[np.float32], order_XI: IntArray, num_packs:
     lightest_XP = np.full(key_XP.shape, _FULL)
     num_left = num_rows * num_items
     while num_left:
+        place_XP = key_XP.view(_INDEX)[:, 0::2]
         new_XP = key_XP + 1
         new_XP.view(_FLOAT)[:, 1::2] += weight_of.take(at_XP)
+        new_XP[is_last.take(place_XP)] = _FULL
         lightest_XP[:, 1:] = new_XP[:, :-1]
         taken_XP = key_XP < np.minimum.accumulate(lightest_XP, axis=1)
         num_taken_X = taken_XP.sum(axis=1)
         num_round = int(num_taken_X.sum())
         num_left -= num_round
         if num_round == taken_XP.size:
-            place = key_XP.view(_INDEX)[:, 0::2].reshape(-1)
-            content[place] = item_of.take(at_XP).reshape(-1)
+            content[place_XP] = item_of.take(at_XP)
             key_XP = new_XP
-            key_XP.reshape(-1)[is_last.take(place)] = _FULL
         else:
-            place = key_XP.view(_INDEX)[:, 0::2][taken_XP]
-            content[place] = item_of.take(at_XP[taken_XP])
-            key_XP[taken_XP] = np.where(is_last.take(place), _FULL, new_XP[taken_XP])
+            content[place_XP[taken_XP]] = item_of.take(at_XP[taken_XP])
+            key_XP[taken_XP] = new_XP[taken_XP]
         at_XP += num_taken_X[:, np.newaxis]
         key_XP.sort(axis=1)
     return content.reshape(num_rows, num_items)

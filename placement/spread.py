@@ -212,13 +212,12 @@ def _swap_peaks(
 
 def _doubled(expert_XS: IntArray, num_ranks: int) -> NDArray[np.bool_]:
     """Return the slots whose expert an earlier slot of the same rank holds, shape [X, S]."""
-    num_rows, num_slots = expert_XS.shape
-    # Sorted by expert, then slot: all but the first of equal experts are doubled.
-    key_XRK = ((expert_XS << 32) | np.arange(num_slots)).reshape(num_rows, num_ranks, -1)
-    key_XRK.sort(axis=2)
-    same_XRK = (key_XRK[:, :, 1:] ^ key_XRK[:, :, :-1]) >> 32 == 0
+    slot_S = np.arange(expert_XS.shape[1])
+    rank_S = slot_S // (len(slot_S) // num_ranks)
+    # Sorted by expert, rank and slot, 21 bits each: all but the first of a rank are doubled.
+    key_XS = (expert_XS << 42) | (rank_S << 21 | slot_S)
+    key_XS.sort(axis=1)
+    row, at = np.nonzero((key_XS[:, 1:] ^ key_XS[:, :-1]) < 1 << 21)
     doubled_XS = np.zeros(expert_XS.shape, bool)
-    if same_XRK.any():
-        row, rank, place = np.nonzero(same_XRK)
-        doubled_XS[row, key_XRK[row, rank, place + 1] & 0xFFFFFFFF] = True
+    doubled_XS[row, key_XS[row, at + 1] & ((1 << 21) - 1)] = True
     return doubled_XS
