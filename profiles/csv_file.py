@@ -2,13 +2,15 @@
 
 Without a header the rows are the layers in order. With one, its first columns may be ``scenario``,
 ``phase``, ``window`` and ``layer``, and the remaining ones are experts. Omni-placement's statistics
-(rows ``layer_3``, columns ``ep_0`` and so on) read as that with an unnamed layer column.
+(rows ``layer_3``, columns ``ep_0`` and so on) read as that with an unnamed layer column. Lines that
+start with ``#`` before all others are remarks.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+from itertools import dropwhile
 
 import numpy as np
 
@@ -29,12 +31,13 @@ def read_csv(source: Source) -> LoadProfile:
         lines = [
             (number, cells)
             for number, cells in enumerate(csv.reader(io.StringIO(text, newline="")), start=1)
-            if any(cell.strip() for cell in cells) and not cells[0].lstrip().startswith("#")
+            if any(cell.strip() for cell in cells)
         ]
+        lines = list(dropwhile(lambda line: line[1][0].lstrip().startswith("#"), lines))
         if not lines:
             raise InvalidInput(f"{source.name} has no rows; give one a layer")
         labels: list[str] = []
-        if not all(map(_is_number, lines[0][1])):
+        if _is_header(lines[0][1]):
             labels = _header_labels(lines[0][1], source)
             lines = lines[1:]
         return _profile(lines, labels, source)
@@ -93,6 +96,14 @@ def _profile(lines: list[tuple[int, list[str]]], labels: list[str], source: Sour
         phase=labels_of("phase", "mixed"),
         source=source.name,
     )
+
+
+def _is_header(cells: list[str]) -> bool:
+    """Return whether a first line names columns: a label comes first, or nothing is a number.
+
+    A number that is damaged does not make a header of the loads beside it.
+    """
+    return cells[0].strip().lower() in ("", *LABELS) or not any(map(_is_number, cells))
 
 
 def _header_labels(header: list[str], source: Source) -> list[str]:
