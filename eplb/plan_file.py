@@ -7,6 +7,7 @@ decides is covered by a digest that is checked on reading.
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,7 +96,8 @@ def _plan_of(document: Mapping[Any, Any]) -> Plan:
             )
     split = document.get("split", "even")
     if not isinstance(split, str) or split not in SPLIT_RULES:
-        raise unknown_name("split rule", _short(split), SPLIT_RULES)
+        name = split if isinstance(split, str) else _short(split)
+        raise unknown_name("split rule", name, SPLIT_RULES)
     statistic = _mapping(document, "objective", required=False).get("statistic", "mean")
     return Plan(
         model=model,
@@ -119,8 +121,8 @@ def _rows(layers: Mapping[Any, Any]) -> dict[int, list[int]]:
     for layer_id, slots in layers.items():
         if type(layer_id) is not int or layer_id <= previous:
             raise InvalidInput(
-                f"layers must be keyed by decoder layer ids in increasing order; found "
-                f"{_short(layer_id)} after {previous}"
+                "layers must be keyed by decoder layer ids from 0 on in increasing order; found "
+                f"{_short(layer_id)}" + (f" after {previous}" if previous >= 0 else "")
             )
         previous = layer_id
         if type(slots) is not list or not slots:
@@ -157,8 +159,9 @@ def _quality(document: Mapping[Any, Any]) -> Quality | None:
     figures = {}
     for field in Quality.__dataclass_fields__:
         value = values.get(field)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise InvalidInput(f"quality.{field} must be a number, got {_short(value)}")
+        # Compared as it is: a whole number in a file can be too large for a float.
+        if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
+            raise InvalidInput(f"quality.{field} must be a finite number, got {_short(value)}")
         figures[field] = float(value)
     return Quality(**figures)
 
@@ -209,19 +212,35 @@ def _short(value: object) -> str:
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML's safe loader, which refuses a key that comes twice."""
+    """YAML's safe loader without what no plan needs: keys that come twice, aliases, merge keys.
+
+    A short file of aliases stands for any amount of data, which a digest would have to go through.
+    """
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.CollectionNode) and node in self.constructed_objects:
+            raise _refusal("aliases are not used in plans", node)
+        return super().construct_object(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key_node.tag == "tag:yaml.org,2002:merge" for key_node, _ in node.value):
+            raise _refusal("merge keys are not used in plans", node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if isinstance(key_node, yaml.ScalarNode):
-                if (key_node.tag, key_node.value) in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"key {key_node.value!r} comes twice", key_node.start_mark
-                    )
-                seen.add((key_node.tag, key_node.value))
         mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            # Compared as values: 1 and 0x1 are one layer.
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node)
+                if key in seen:
+                    raise _refusal(f"key {key_node.value!r} comes twice", key_node)
+                seen.add(key)
         return mapping
+
+
+def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
@@ -254,7 +273,7 @@ def _load(path: Path, name: str) -> dict[Any, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InvalidInput(f"{name}{where}: not YAML: {problem}") from None
+        raise InvalidInput(f"{name}{where}: not the YAML of a plan: {problem}") from None
     except Exception as error:  # noqa: BLE001
         # PyYAML lets errors of the constructors of dates, numbers and sets through.
         raise InvalidInput(f"{name}: not a plan: {type(error).__name__}: {error}") from None
