@@ -124,7 +124,7 @@ def _show(
         grid = show.table("scenario", "mean", "p95", "worst", "balancedness")
         for name, part in balance.by_scenario.items():
             grid.add_row(
-                name,
+                show.plain(name),
                 *map(show.ratio, (part.imbalance_mean, part.imbalance_p95, part.imbalance_worst,
                                   part.balancedness)),
             )  # fmt: skip

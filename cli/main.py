@@ -69,6 +69,9 @@ def main(args: list[str] | None = None) -> None:
 def _run(words: list[str], *, debug: bool) -> int:
     try:
         result = cli.main(args=words, prog_name="eplb", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
     except (EplbError, click.ClickException) as error:
         if debug:
             traceback.print_exc()

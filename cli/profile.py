@@ -89,7 +89,6 @@ def convert_command(
 
 def _show(summary: ProfileSummary) -> None:
     import numpy as np
-    from rich.markup import escape
 
     from eplb.cli import show
 
@@ -135,5 +134,5 @@ def _show(summary: ProfileSummary) -> None:
                 "" if i == j else show.percent(summary.scenario_drift[(a, b) if i < j else (b, a)])
                 for j, b in enumerate(names)
             ]
-            drift.add_row(escape(f"{i + 1} {a}"), *cells)
+            drift.add_row(show.plain(f"{i + 1} {a}"), *cells)
         out.print(drift)

@@ -31,6 +31,7 @@ __all__ = [
     "layer_table",
     "name",
     "percent",
+    "plain",
     "plural",
     "profile_line",
     "progress",
@@ -81,9 +82,15 @@ def ratio(value: float) -> str:
     return f"{value:.3f}"
 
 
+def plain(text: str) -> str:
+    """Return text of a user's file or path as markup that shows it, whatever characters it has."""
+    # Control characters would act on the terminal; half of a surrogate pair cannot be encoded.
+    return escape("".join(c if c.isprintable() else repr(c)[1:-1] for c in text))
+
+
 def name(text: str) -> str:
-    """Return a file or other name as bold markup, whatever characters it has."""
-    return f"[bold]{escape(text)}[/]"
+    """Return a file or other name as bold markup."""
+    return f"[bold]{plain(text)}[/]"
 
 
 def plural(count: int, noun: str) -> str:

@@ -173,6 +173,27 @@ def test_a_profile_of_another_model(run, tmp_path):
     refused(run, 6, "layer 3 has load", "evaluate", "plan.yaml", "other-layers.npy")
 
 
+def test_no_command_shows_the_help(run):
+    result = run()
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("Usage: eplb [OPTIONS] COMMAND")
+    assert "\n  plan " in result.err
+
+
+def test_names_from_files_are_shown_as_they_are(run, tmp_path):
+    """Neither as markup, nor to be obeyed by the terminal."""
+    counts = np.random.default_rng(0).integers(1, 9, (2, 3, 16))
+    np.savez("odd[x].npz", counts=counts, scenario=["[/]", "a\x1b[31m\nb"])
+    assert run("plan", "odd[x].npz", *NODES, "-o", "plan.yaml").code == 0
+    for command in (("evaluate", "plan.yaml"), ("profile", "show")):
+        result = run(*command, "odd[x].npz")
+        assert (result.code, result.err) == (0, "")
+        assert "odd[x].npz: 2 windows" in result.out
+        assert "[/] " in result.out
+        assert r"a\x1b[31m\nb" in result.out
+        assert "\x1b" not in result.out
+
+
 def test_unknown_command(run):
     refused(run, 2, "did you mean 'plan'", "plam")
 
