@@ -245,9 +245,10 @@ class LoadProfile:
         """
         part = slice(start, stop)
         if len(range(*part.indices(self.num_windows))) == 0:
+            asked = f"{'' if start is None else start}:{'' if stop is None else stop}"
             raise InvalidInput(
-                f"{self.source}: windows {start}:{stop} of {self.num_windows} are empty; choose "
-                f"within 0:{self.num_windows}"
+                f"{self.source}: windows {asked} of {self.num_windows} are empty; choose within "
+                f"0:{self.num_windows}"
             )
         return replace_windows(self, part)
 

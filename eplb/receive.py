@@ -55,8 +55,9 @@ def receive_tokens(
             "routings of the plan's model"
         )
     if topk_TLK.min() < 0 or topk_TLK.max() >= placement.num_experts:
+        strange = topk_TLK.min() if topk_TLK.min() < 0 else topk_TLK.max()
         raise InvalidInput(
-            f"routings name expert {int(topk_TLK.max())}; the plan has experts 0 to "
+            f"routings name expert {int(strange)}; the plan has experts 0 to "
             f"{placement.num_experts - 1}"
         )
     # Under `even` where a token comes from makes no difference.

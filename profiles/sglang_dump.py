@@ -24,6 +24,9 @@ from eplb.profiles.torch_zip import load_pt
 
 __all__ = ["read_json", "read_pt", "to_json"]
 
+# Far above any model there is; keeps a damaged layer id from asking for terabytes of zeros.
+MAX_LAYERS = 1 << 14
+
 
 def read_json(source: Source) -> LoadProfile:
     """Read an object with ``logical_count`` of the shape ``[L, E]`` or ``[steps, L, E]``."""
@@ -62,7 +65,18 @@ def to_json(profile: LoadProfile) -> bytes:
 
 
 def absolute_layers(profile: LoadProfile) -> NDArray[Any]:
-    """Return counts with a row for every decoder layer up to the last, shape [W, layers, E]."""
+    """Return counts with a row for every decoder layer up to the last, shape [W, layers, E].
+
+    Raises
+    ------
+    InvalidInput
+        Layer ids are too large for that.
+    """
+    if profile.layer_ids[-1] >= MAX_LAYERS:
+        raise InvalidInput(
+            f"{profile.source} has a layer {profile.layer_ids[-1]}, and this format has a row for "
+            f"every layer up to the last, {MAX_LAYERS} at most; write .npz or .csv"
+        )
     shape = (profile.num_windows, profile.layer_ids[-1] + 1, profile.num_experts)
     counts = np.zeros(shape)
     counts[:, profile.layer_ids] = profile.counts_WLE

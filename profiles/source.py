@@ -65,9 +65,10 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
         raise InvalidInput(
             f"cannot read {text}: {getattr(error, 'strerror', None) or error}"
         ) from None
-    return Source(
-        path=path, array=array, name=path.name if array is None else f"{path.name}:{array}"
-    )
+    name = path.name if array is None else f"{path.name}:{array}"
+    # Bytes of a name that are not UTF-8 are lone surrogates in Python, which no file can hold.
+    name = name.encode(errors="backslashreplace").decode()
+    return Source(path=path, array=array, name=name)
 
 
 @contextmanager

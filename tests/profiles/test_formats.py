@@ -1,6 +1,8 @@
 """What each format means, and that it comes back."""
 
 import json
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -120,6 +122,27 @@ def test_csv_puts_rows_where_their_labels_say(tmp_path):
     (tmp_path / "p.csv").write_text("window,layer,0,1\nb,2,5,6\na,1,3,4\nb,1,1,2\na,2,7,8\n")
     profile = read_profile(tmp_path / "p.csv")
     assert profile.counts_WLE.tolist() == [[[1, 2], [5, 6]], [[3, 4], [7, 8]]]
+
+
+def test_csv_scenarios_may_look_like_remarks(tmp_path):
+    write_profile(replace(labelled(), scenario_W=("#1", "#2")), tmp_path / "p.csv")
+    back = read_profile(tmp_path / "p.csv")
+    assert back.scenario_W == ("#1", "#2")
+    assert np.array_equal(back.counts_WLE, labelled().counts_WLE)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "json"])
+def test_a_row_for_every_layer_is_not_written_for_absurd_ids(tmp_path, suffix):
+    profile = replace(labelled(), layer_ids=(1, 10**12))
+    with pytest.raises(InvalidInput, match="has a layer 1000000000000"):
+        write_profile(profile, tmp_path / f"p.{suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_name_that_is_not_utf8(tmp_path):
+    path = tmp_path / os.fsdecode(b"a\xffb.npy")
+    np.save(path, COUNTS)
+    assert read_profile(path).source == r"a\udcffb.npy"
 
 
 def test_sglang_json(tmp_path):
