@@ -155,7 +155,7 @@ def test_windows_count_as_slices_do(
 
 
 def test_no_window_is_an_error() -> None:
-    with pytest.raises(InvalidInput, match="windows 3:None of 3 are empty; choose within 0:3"):
+    with pytest.raises(InvalidInput, match="windows 3: of 3 are empty; choose within 0:3"):
         profile().windows(3, None)
 
 
