@@ -80,10 +80,17 @@ def _run(words: list[str], *, debug: bool) -> int:
     except (KeyboardInterrupt, click.Abort):
         _error("interrupted; nothing was written")
         return 130
-    except BrokenPipeError:
-        # Who reads our output has seen enough: leave quietly, as head(1) expects.
-        sys.stdout = None
+    except SystemExit:
+        # click and rich end so, and only so, when who reads our output has seen enough, as head(1)
+        # does. They leave quietly; this is the code that shells know.
         return 141
+    except OSError as error:
+        # Files have errors of their own, so this is our output.
+        if debug:
+            traceback.print_exc()
+        sys.stdout = None
+        _error(f"cannot write the output: {error.strerror or error}")
+        return 2
     except Exception as error:  # noqa: BLE001
         # A bug of ours: still one line for who runs it, and how to get the rest.
         if debug:

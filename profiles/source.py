@@ -43,7 +43,7 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
     Raises
     ------
     InvalidInput
-        It is missing, empty, a directory, or not readable.
+        It is missing, empty, not a regular file, or not readable.
     """
     text = os.fspath(spec)
     path, array = Path(text), None
@@ -54,6 +54,9 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
                 path, array = Path(head), tail
         if path.is_dir():
             raise InvalidInput(f"{text} is a directory; name a profile file")
+        if path.exists() and not path.is_file():
+            # A pipe would be waited for, and can be read only once.
+            raise InvalidInput(f"{text} is not a regular file; save it as one")
         with path.open("rb") as stream:
             if not stream.read(1):
                 raise InvalidInput(f"{text} is empty; record again")

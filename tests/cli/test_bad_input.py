@@ -234,14 +234,27 @@ def test_an_ascii_terminal_gets_digits(tmp_path):
     assert "444444" in result.stdout.decode("ascii")
 
 
-def test_a_closed_pipe_is_no_error(tmp_path):
-    code = "from eplb.cli.main import main; main(['demo'])"
-    command = f'"{sys.executable}" -c "{code}" | head -n 1'
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_closed_pipe_is_no_error(tmp_path, options):
+    reader, writer = os.pipe()
+    os.close(reader)
+    code = "from eplb.cli.main import main; main()"
     result = subprocess.run(
-        ["bash", "-c", command],
-        capture_output=True,
-        check=False,
-        cwd=tmp_path,
-    )
-    assert b"Traceback" not in result.stderr
-    assert b"BrokenPipe" not in result.stderr
+        [sys.executable, "-c", code, "demo", *options],
+        stdout=writer, stderr=subprocess.PIPE, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
+    code = "from eplb.cli.main import main; main()"
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-c", code, "versions", "--json"],
+            stdout=full, stderr=subprocess.PIPE, check=False, cwd=tmp_path,
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr.startswith(b"eplb: error: cannot write the output: No space")
+    assert result.stderr.count(b"\n") == 1

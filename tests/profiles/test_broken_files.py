@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -133,6 +134,9 @@ def test_what_is_no_file(tmp_path, suffix):
         read_profile(path)
     path.unlink()
     path.mkdir()
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(InvalidInput, match="is not a regular file"):
+        read_profile(tmp_path / "pipe.npz")
     with pytest.raises(InvalidInput, match="is a directory; name a profile file"):
         read_profile(path)
     with pytest.raises(InvalidInput, match="cannot read"):
