@@ -214,7 +214,12 @@ def make_plan(problem: Problem, solution: Solution, output: str) -> Plan:
             },
         },
     )
-    check_plan(plan, problem.profile, distinct_ranks=problem.distinct_ranks)
+    check_plan(
+        plan,
+        problem.profile,
+        distinct_ranks=problem.distinct_ranks,
+        groups_in_nodes=problem.groups_in_nodes,
+    )
     write_plan(plan, output)
     return plan
 

@@ -23,7 +23,11 @@ TOLERANCE = 1e-9
 
 
 def check_plan(
-    plan: Plan, profile: LoadProfile | None = None, *, distinct_ranks: bool = False
+    plan: Plan,
+    profile: LoadProfile | None = None,
+    *,
+    distinct_ranks: bool = False,
+    groups_in_nodes: bool = False,
 ) -> None:
     """Raise unless :func:`find_problems` finds nothing.
 
@@ -32,7 +36,9 @@ def check_plan(
     PlacementInvalid
         The first problem, and how many more there are.
     """
-    problems = find_problems(plan, profile, distinct_ranks=distinct_ranks)
+    problems = find_problems(
+        plan, profile, distinct_ranks=distinct_ranks, groups_in_nodes=groups_in_nodes
+    )
     if problems:
         rest = len(problems) - 1
         more = f" (and {rest} more problem{'s' * (rest > 1)})" if rest else ""
@@ -40,7 +46,11 @@ def check_plan(
 
 
 def find_problems(
-    plan: Plan, profile: LoadProfile | None = None, *, distinct_ranks: bool = False
+    plan: Plan,
+    profile: LoadProfile | None = None,
+    *,
+    distinct_ranks: bool = False,
+    groups_in_nodes: bool = False,
 ) -> tuple[str, ...]:
     """Return what is wrong with a plan, one line each; empty if nothing is.
 
@@ -52,12 +62,16 @@ def find_problems(
         make of these loads under the plan's split rule.
     distinct_ranks : bool
         Whether two replicas of an expert on one rank are a problem.
+    groups_in_nodes : bool
+        Whether a routing group with experts on more than one node is a problem.
     """
     problems = _slot_problems(plan)
     # Slots that name no expert have no loads to score.
     sound = not problems
     if sound and distinct_ranks:
         problems += _shared_ranks(plan)
+    if sound and groups_in_nodes:
+        problems += _divided_groups(plan)
     if plan.quality is not None:
         problems += _contradictions(plan.quality)
     if profile is not None:
@@ -187,6 +201,26 @@ def _shared_ranks(plan: Plan) -> list[str]:
                     f"layer {layer_id}, rank {rank}: expert {expert} is in slot {earlier} and "
                     f"again in slot {slot}; replicas have to be on distinct ranks"
                 )
+    return problems
+
+
+def _divided_groups(plan: Plan) -> list[str]:
+    """Routing groups with experts on more than one node."""
+    group_size = plan.model.num_experts // plan.model.num_groups
+    per_node = plan.topology.ranks_per_node * plan.topology.slots_per_rank
+    problems: list[str] = []
+    rows = plan.placement.phys_to_log_LS.tolist()
+    for layer_id, row in zip(plan.placement.layer_ids, rows, strict=True):
+        nodes_of: dict[int, set[int]] = {}
+        for slot, expert in enumerate(row):
+            if expert >= 0:
+                nodes_of.setdefault(expert // group_size, set()).add(slot // per_node)
+        problems += [
+            f"layer {layer_id}: group {group} is on the nodes {sorted(nodes)}; groups have to stay "
+            "within a node"
+            for group, nodes in sorted(nodes_of.items())
+            if len(nodes) > 1
+        ]
     return problems
 
 

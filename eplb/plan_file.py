@@ -158,7 +158,7 @@ def _quality(document: Mapping[Any, Any]) -> Quality | None:
         return None
     figures = {}
     for field in Quality.__dataclass_fields__:
-        value = values.get(field)
+        value: Any = values.get(field)
         # Compared as it is: a whole number in a file can be too large for a float.
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise InvalidInput(f"quality.{field} must be a finite number, got {_short(value)}")

@@ -157,6 +157,20 @@ def test_a_second_replica_on_a_rank_is_a_problem_only_when_asked() -> None:
     )
 
 
+def test_a_group_on_two_nodes_is_a_problem_only_when_asked() -> None:
+    placement = Placement(
+        phys_to_log_LS=np.array([[0, 1, 0, 1, 2, 3, 2, -1], [2, 3, 2, 3, 0, 1, 1, 2]]),
+        layer_ids=(3, 8),
+        num_experts=4,
+    )
+    plan = own.plan_of(placement, TOPOLOGY)
+    plan = replace(plan, model=replace(plan.model, num_groups=2))
+    assert find_problems(plan) == ()
+    assert find_problems(plan, groups_in_nodes=True) == (
+        "layer 8: group 1 is on the nodes [0, 1]; groups have to stay within a node",
+    )
+
+
 def test_a_layer_twice_is_named() -> None:
     plan = sound()
     for part in (plan.placement, plan.model):
