@@ -103,7 +103,9 @@ def _show(summary: ProfileSummary) -> None:
     phases = ", ".join(f"{count} {phase}" for phase, count in summary.phases.items())
     out.print(f"Windows: {phases}")
     out.print()
-    grid = show.table("layer", "max/mean", "hottest 10%", "idle experts", "hottest experts")
+    grid = show.table("layer (worst of)", "max/mean", "hottest 10%", "idle experts")
+    # Not kept in one line: where the terminal is narrow the other columns are whole.
+    grid.add_column("hottest experts")
     for group in show.layer_groups(summary.num_layers, most=24):
         layers = summary.layers[group]
         skews = np.array([layer.max_over_mean for layer in layers])
@@ -111,11 +113,11 @@ def _show(summary: ProfileSummary) -> None:
         grid.add_row(
             str(worst.layer_id)
             if len(layers) == 1
-            else f"{worst.layer_id} (worst of {layers[0].layer_id}-{layers[-1].layer_id})",
+            else f"{worst.layer_id} ({layers[0].layer_id}-{layers[-1].layer_id})",
             f"{worst.max_over_mean:.2f}",
             show.percent(worst.top_10_percent),
             str(worst.idle_experts),
-            "  ".join(f"{expert}: {show.percent(part)}" for expert, part in worst.hottest),
+            "  ".join(f"{expert}:{show.percent(part)}" for expert, part in worst.hottest),
         )
     out.print(grid)
     if summary.num_windows > 1:

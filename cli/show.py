@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -68,12 +69,12 @@ def progress(text: str) -> Iterator[None]:
 
 
 def table(*columns: str, title: str | None = None) -> Table:
-    """Return an empty table; the first column is text, the others are figures."""
+    """Return an empty table; the first column is text, the others are figures and kept whole."""
     grid = Table(
         box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False
     )
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
     return grid
 
 
@@ -138,6 +139,19 @@ def heat_strip(rank_load_R: FloatArray, cells: int = STRIP_CELLS) -> Text:
     return strip
 
 
+class _FittingStrip:
+    """A heat strip of as many cells as its column has room for."""
+
+    def __init__(self, rank_load_R: FloatArray) -> None:
+        self._rank_load_R = rank_load_R
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, min(len(self._rank_load_R), STRIP_CELLS))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield heat_strip(self._rank_load_R, min(options.max_width, STRIP_CELLS))
+
+
 def layer_groups(num_layers: int, most: int = 8) -> list[slice]:
     """Split the layers into at most ``most`` runs of nearly equal length."""
     edges = np.linspace(0, num_layers, min(num_layers, most) + 1).round().astype(int)
@@ -160,11 +174,12 @@ def layer_table(
     """
     grid = table("layers", *(label for label, _, _ in columns))
     if bound_L is not None:
-        grid.add_column("bound", justify="right")
+        grid.add_column("bound", justify="right", no_wrap=True)
     for label, _, load_WLR in columns:
         num_ranks = load_WLR.shape[2]
         which = f" {label}" if len(columns) > 1 else ""
-        grid.add_column(f"rank loads{which} ({num_ranks} ranks)", no_wrap=True)
+        # Strips give way where the terminal is narrow: figures are kept whole.
+        grid.add_column(f"rank loads{which} ({num_ranks} ranks)")
     imbalance_CL = [
         np.array([layer.imbalance_mean for layer in balance.by_layer.values()])
         for _, balance, _ in columns
@@ -175,7 +190,7 @@ def layer_table(
         cells += [ratio(float(imbalance_L[group].mean())) for imbalance_L in imbalance_CL]
         if bound_L is not None:
             cells.append(ratio(float(bound_L[group].mean())))
-        cells += [heat_strip(_typical_load(load_WLR[:, group])) for _, _, load_WLR in columns]
+        cells += [_FittingStrip(_typical_load(load_WLR[:, group])) for _, _, load_WLR in columns]
         grid.add_row(*cells)
     return grid
 

@@ -1,7 +1,10 @@
 """Bad input: one line with the remedy, an exit code, and nothing written."""
 
+import contextlib
 import os
 import pickle
+import pty
+import re
 import subprocess
 import sys
 import zipfile
@@ -74,8 +77,6 @@ def refused(run, code, pattern, *args):
     assert result.err.startswith("eplb: error: ")
     assert result.err.count("\n") == 1, result.err
     assert result.code == code, result.err
-    import re
-
     assert re.search(pattern, result.err), result.err
     assert sorted(Path().iterdir()) == before
 
@@ -219,6 +220,29 @@ def eplb_process(*args, **settings):
         [sys.executable, "-c", code, *args],
         capture_output=True, check=False, env=environment, **settings,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_gets_whole_figures(tmp_path, width):
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from eplb.cli.main import main; main(['demo'])"],
+        stdout=follower, stderr=subprocess.PIPE, cwd=tmp_path,
+        env={**os.environ, "COLUMNS": str(width), "TERM": "xterm", "NO_COLOR": "1"},
+    )  # fmt: skip
+    os.close(follower)
+    written = b""
+    # Reading a terminal that everybody else has closed fails.
+    with contextlib.suppress(OSError):
+        while part := os.read(leader, 4096):
+            written += part
+    os.close(leader)
+    assert process.communicate()[1] == b""
+    assert process.returncode == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", written.decode())
+    assert "\u2026" not in text
+    assert "1.422   1.140   1.000   \u2581" in text
+    assert max(map(len, text.splitlines())) <= width
 
 
 def test_a_pipe_gets_plain_text(tmp_path):
