@@ -59,23 +59,21 @@ def pack_balanced(weight_XI: NDArray[np.float32], order_XI: IntArray, num_packs:
     if pack_size == 1:
         return np.tile(np.arange(num_items), (num_rows, 1))
 
-    # A round may look beyond the last item of a row, where there are only full packs to fill.
-    weight_of = np.zeros((num_rows, num_items + num_packs), np.float32)
-    weight_of[:, :num_items] = take_rows(weight_XI, order_XI)
-    item_of = np.zeros((num_rows, num_items + num_packs), np.int64)
-    item_of[:, :num_items] = order_XI
+    sorted_XI = take_rows(weight_XI, order_XI)
     is_last = np.tile(np.arange(num_items) % pack_size == pack_size - 1, num_rows)
     content = np.empty(num_rows * num_items, np.int64)
 
     # Key of a pack: its weight, and the next place to fill, counted through all rows.
     key_XP = np.arange(0, num_rows * num_items, pack_size).reshape(num_rows, num_packs)
-    at_XP = np.arange(num_rows)[:, np.newaxis] * (num_items + num_packs) + np.arange(num_packs)
+    # The item that each would take, counted likewise. Beyond the last item of its row there are
+    # only full packs, which take whatever item it is without effect.
+    at_XP = np.arange(num_rows)[:, np.newaxis] * num_items + np.arange(num_packs)
     lightest_XP = np.full(key_XP.shape, _FULL)
     num_left = num_rows * num_items
     while num_left:
         place_XP = key_XP.view(_INDEX)[:, 0::2]
         new_XP = key_XP + 1
-        new_XP.view(_FLOAT)[:, 1::2] += weight_of.take(at_XP)
+        new_XP.view(_FLOAT)[:, 1::2] += sorted_XI.take(at_XP, mode="clip")
         new_XP[is_last.take(place_XP)] = _FULL
         lightest_XP[:, 1:] = new_XP[:, :-1]
         taken_XP = key_XP < np.minimum.accumulate(lightest_XP, axis=1)
@@ -83,10 +81,10 @@ def pack_balanced(weight_XI: NDArray[np.float32], order_XI: IntArray, num_packs:
         num_round = int(num_taken_X.sum())
         num_left -= num_round
         if num_round == taken_XP.size:
-            content[place_XP] = item_of.take(at_XP)
+            content[place_XP] = order_XI.take(at_XP)
             key_XP = new_XP
         else:
-            content[place_XP[taken_XP]] = item_of.take(at_XP[taken_XP])
+            content[place_XP[taken_XP]] = order_XI.take(at_XP[taken_XP])
             key_XP[taken_XP] = new_XP[taken_XP]
         at_XP += num_taken_X[:, np.newaxis]
         key_XP.sort(axis=1)
