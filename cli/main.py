@@ -78,7 +78,7 @@ def _run(words: list[str], *, debug: bool) -> int:
         _error(error.format_message() if isinstance(error, click.ClickException) else str(error))
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _error("interrupted; nothing was written")
+        _error("interrupted")
         return 130
     except SystemExit:
         # click and rich end so, and only so, when who reads our output has seen enough, as head(1)
