@@ -1,7 +1,8 @@
-"""The benchmarks: reading, solving, checking, evaluating, plan files."""
+"""The benchmarks: reading, solving, checking, evaluating, plan files, whole commands."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -87,9 +88,30 @@ def read_plan(size: str, severity: str) -> Callable[[], Any]:
     return lambda: eplb.read_plan(path)
 
 
-def python_process(code: str) -> list[str]:
-    """Return the command of a fresh interpreter that runs ``code``."""
-    return [sys.executable, "-c", code]
+@register(imports=("numpy", "eplb", "numpy,click,yaml"))
+def start(imports: str) -> Callable[[], Any]:
+    """Start an interpreter that imports this and ends."""
+    return lambda: _python(f"import {imports}")
+
+
+@register(size=("ep32", "ep144"), severity=("skewed",))
+def plan_command(size: str, severity: str) -> Callable[[], Any]:
+    """Run ``eplb plan`` as a process of its own."""
+    dims, profile, plan = SIZES[size], _scratch("loads.npz"), _scratch("plan.yaml")
+    np.savez(profile, counts=synthetic_counts(dims, severity))
+    options = [
+        f"--nodes={dims.nodes}",
+        f"--ranks-per-node={dims.ranks_per_node}",
+        f"--slots-per-rank={dims.slots_per_rank}",
+        f"--output={plan}",
+    ]
+    run = "from eplb.cli.main import main; main()"
+    return lambda: _python(run, "plan", str(profile), *options)
+
+
+def _python(code: str, *arguments: str) -> None:
+    command = [sys.executable, "-c", code, *arguments]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def _problem(size: str, severity: str, windows: int) -> Problem:
