@@ -101,9 +101,12 @@ def _profile(lines: list[tuple[int, list[str]]], labels: list[str], source: Sour
 def _is_header(cells: list[str]) -> bool:
     """Return whether a first line names columns: a label comes first, or nothing is a number.
 
-    A number that is damaged does not make a header of the loads beside it.
+    A number that is damaged or missing does not make a header of the loads beside it. Behind an
+    unnamed column, experts may be numbered from 0 on.
     """
-    return cells[0].strip().lower() in ("", *LABELS) or not any(map(_is_number, cells))
+    if cells[0].strip().lower() in LABELS or not any(map(_is_number, cells)):
+        return True
+    return not cells[0].strip() and cells[1:] == [str(i) for i in range(len(cells) - 1)]
 
 
 def _header_labels(header: list[str], source: Source) -> list[str]:

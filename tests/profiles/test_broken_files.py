@@ -96,6 +96,7 @@ TEXTS = [
     ("p.csv", "1,-2\n", "negative"),
     ("p.csv", "1,2,x\n4,5,6\n", "line 1: 'x' is not a number"),
     ("p.csv", "1,2,\n4,5,6\n", "line 1: '' is not a number"),
+    ("p.csv", ",2,3\n4,5,6\n", "line 1: '' is not a number"),
     ("p.csv", "1,2\n# 3,4\n5,6\n", "line 2: '# 3' is not a number"),
     ("p.json", "{", "is not a readable JSON file"),
     ("p.json", "[1]", "has no 'logical_count'"),

@@ -107,6 +107,7 @@ def test_a_colon_in_a_file_name_is_no_array(tmp_path):
         ("e0,e1,e2\n1,2,3\n4,5,6\n", 1, (0, 1)),
         ("layer,0,1\n7,2,3\n3,5,6\n", 1, (3, 7)),
         (",ep_0,ep_1\nlayer_3,2,3\nlayer_4,5,6\n", 1, (3, 4)),
+        (",0,1\n3,2,3\n4,5,6\n", 1, (3, 4)),
         ("window,0,1\na,2,3\na,5,6\nb,1,1\nb,1,1\n", 2, (0, 1)),
         ("scenario,phase,window,layer,0\nx,decode,0,3,1\ny,prefill,1,3,1\n", 2, (3,)),
         ('"1","2"\n"3","4"\n', 1, (0, 1)),
