@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import click
@@ -61,6 +63,9 @@ def cli(debug: bool) -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     words = sys.argv[1:] if args is None else args
+    if sys.stdout is None:
+        # Closed by who started us, and no reason to fail.
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         sys.exit(_run(words, debug="--debug" in words))

@@ -271,6 +271,16 @@ def test_a_closed_pipe_is_no_error(tmp_path, options):
     assert (result.returncode, result.stderr) == (141, b"")
 
 
+def test_closed_output_is_no_error(tmp_path):
+    code = "from eplb.cli.main import main; main(['demo'])"
+    result = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -c "{code}" >&-'],
+        stderr=subprocess.PIPE, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert (tmp_path / "demo-plan.yaml").exists()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 def test_a_full_disk_behind_the_output_is_one_line(tmp_path):
     code = "from eplb.cli.main import main; main()"
