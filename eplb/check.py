@@ -1,7 +1,9 @@
 """An independent check of a finished plan, asked before anything is written.
 
 Everything is derived again from the slots by plain loops, and shares no code with
-:mod:`eplb.split`, :mod:`eplb.metrics` or any solver: a mistake there cannot hide here.
+:mod:`eplb.split`, :mod:`eplb.metrics` or any solver: a mistake there cannot hide here. One thing is
+sampled: under ``batch``, where every window of every layer has an optimum of its own, these are
+compared with a linear programme in up to ``BATCH_SAMPLES`` places, spread evenly.
 Shape letters: W windows, E logical experts, R ranks.
 """
 
@@ -20,6 +22,9 @@ __all__ = ["check_plan", "find_problems", "rank_fractions", "rescore"]
 
 # Figures of a plan are compared to this, relatively; a gap absolutely, as it may be 0.
 TOLERANCE = 1e-9
+# Solvers of linear programmes are exact to about this.
+PROGRAMME_TOLERANCE = 1e-6
+BATCH_SAMPLES = 48
 
 
 def check_plan(
@@ -88,12 +93,18 @@ def rescore(plan: Plan, profile: LoadProfile) -> tuple[float, float]:
     A layer without load in a window is not scored, nor is a window without load.
     """
     num_ranks = plan.topology.num_nodes * plan.topology.ranks_per_node
-    row_of = dict(
-        zip(plan.placement.layer_ids, plan.placement.phys_to_log_LS.tolist(), strict=True)
-    )
+    placement = plan.placement
+    row_of = dict(zip(placement.layer_ids, placement.phys_to_log_LS.tolist(), strict=True))
+    weights_of: dict[int, list[float]] = {}
+    if placement.split_weights_LS is not None:
+        weights_of = dict(
+            zip(placement.layer_ids, placement.split_weights_LS.tolist(), strict=True)
+        )
     ratios_of_window: list[list[float]] = [[] for _ in range(profile.num_windows)]
     for layer, layer_id in enumerate(profile.layer_ids):
-        fraction = rank_fractions(row_of[layer_id], plan.topology, plan.split)
+        fraction = rank_fractions(
+            row_of[layer_id], plan.topology, plan.split, weights_of.get(layer_id)
+        )
         table_ER = np.zeros((profile.num_experts, num_ranks + 1))
         table_ER[tuple(zip(*fraction, strict=True))] = list(fraction.values())
         # One more rank, that receives everything, adds up what was routed.
@@ -109,7 +120,9 @@ def rescore(plan: Plan, profile: LoadProfile) -> tuple[float, float]:
     return mean, max(fsum(ratios) / len(ratios) for ratios in scored)
 
 
-def rank_fractions(row: list[int], topology: Topology, split: str) -> dict[tuple[int, int], float]:
+def rank_fractions(
+    row: list[int], topology: Topology, split: str, weights: list[float] | None = None
+) -> dict[tuple[int, int], float]:
     """Return by (expert, rank) the fraction of the expert's tokens that the rank receives.
 
     Parameters
@@ -120,7 +133,9 @@ def rank_fractions(row: list[int], topology: Topology, split: str) -> dict[tuple
     split : str
         ``even``: replicas of an expert receive the same. ``nearest``: each rank is the source of
         an equal part of the tokens and sends it to the replicas it holds, or else to those of its
-        node, or else to all of them; evenly in each case.
+        node, or else to all of them; evenly in each case. ``weighted``: as the weights say.
+    weights : list of float, optional
+        The fraction of each slot, under ``weighted``.
     """
     per_node = topology.ranks_per_node
     num_ranks = topology.num_nodes * per_node
@@ -129,6 +144,13 @@ def rank_fractions(row: list[int], topology: Topology, split: str) -> dict[tuple
         if expert >= 0:
             holders_of.setdefault(expert, []).append(slot // topology.slots_per_rank)
     fraction: dict[tuple[int, int], float] = {}
+    if split == "weighted":
+        assert weights is not None
+        for slot, expert in enumerate(row):
+            if expert >= 0:
+                place = expert, slot // topology.slots_per_rank
+                fraction[place] = fraction.get(place, 0.0) + weights[slot]
+        return fraction
 
     def send(expert: int, sources: int, of_sources: int, receivers: list[int]) -> None:
         for rank in receivers:
@@ -256,13 +278,15 @@ def _misfits(plan: Plan, profile: LoadProfile) -> list[str]:
             f"{profile.source} has {profile.num_experts} experts and the plan "
             f"{plan.model.num_experts}"
         )
-    if plan.split not in ("even", "nearest"):
-        problems.append(f"split rule {plan.split!r} cannot be checked; known: even, nearest")
+    if plan.split not in ("even", "nearest", "weighted", "batch"):
+        problems.append(f"split rule {plan.split!r} cannot be checked")
     return problems
 
 
 def _wrong_figures(plan: Plan, quality: Quality, profile: LoadProfile) -> list[str]:
     """Figures of a plan that are not what its slots make of the loads."""
+    if plan.split == "batch":
+        return _wrong_optima(plan, profile)
     mean, worst = rescore(plan, profile)
     return [
         f"quality: {name} is {stated!r} in the plan and {derived!r} derived from its slots on "
@@ -273,3 +297,51 @@ def _wrong_figures(plan: Plan, quality: Quality, profile: LoadProfile) -> list[s
         )
         if not abs(stated - derived) <= TOLERANCE * derived
     ]
+
+
+def _wrong_optima(plan: Plan, profile: LoadProfile) -> list[str]:
+    """Largest rank loads under ``batch`` that a linear programme does not find as well."""
+    from eplb.metrics import rank_load  # noqa: PLC0415  (what is under check)
+
+    largest_WL = rank_load(profile, plan.placement, plan.topology, "batch").max(axis=2)
+    row_of = dict(
+        zip(plan.placement.layer_ids, plan.placement.phys_to_log_LS.tolist(), strict=True)
+    )
+    num_cells = largest_WL.size
+    cells = sorted({i * num_cells // BATCH_SAMPLES for i in range(BATCH_SAMPLES)})
+    problems = []
+    for window, layer in (divmod(cell, profile.num_layers) for cell in cells):
+        layer_id = profile.layer_ids[layer]
+        load = profile.counts_WLE[window, layer].tolist()
+        derived = _programme(load, row_of[layer_id], plan.topology)
+        stated = float(largest_WL[window, layer])
+        if not abs(stated - derived) <= PROGRAMME_TOLERANCE * max(derived, 1.0):
+            problems.append(
+                f"layer {layer_id}, window {window}: the largest rank load at the best split is "
+                f"stated as {stated!r}, and a linear programme finds {derived!r}"
+            )
+    return problems
+
+
+def _programme(load: list[float], row: list[int], topology: Topology) -> float:
+    """Return the smallest largest rank load: variables are each slot's tokens and the maximum."""
+    from scipy.optimize import linprog  # noqa: PLC0415
+    from scipy.sparse import lil_array  # noqa: PLC0415
+
+    num_ranks = topology.num_nodes * topology.ranks_per_node
+    slots = [slot for slot, expert in enumerate(row) if expert >= 0]
+    of_expert = lil_array((len(load), len(slots) + 1))
+    of_rank = lil_array((num_ranks, len(slots) + 1))
+    for i, slot in enumerate(slots):
+        of_expert[row[slot], i] = 1.0
+        of_rank[slot // topology.slots_per_rank, i] = 1.0
+    of_rank[:, [len(slots)]] = -1.0
+    found = linprog(
+        [0.0] * len(slots) + [1.0],
+        A_ub=of_rank.tocsr(),
+        b_ub=[0.0] * num_ranks,
+        A_eq=of_expert.tocsr(),
+        b_eq=load,
+        method="highs",
+    )
+    return float(found.fun)

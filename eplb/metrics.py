@@ -12,14 +12,25 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from eplb.arrays import FloatArray
+from eplb.arrays import FloatArray, IntArray
 from eplb.errors import InvalidInput
 from eplb.load_profile import LoadProfile
 from eplb.slots import Placement
-from eplb.split import slot_share
+from eplb.split import check_split, slot_share
 from eplb.topology import Topology
 
-__all__ = ["Balance", "evaluate", "imbalance", "rank_load"]
+__all__ = [
+    "CVAR_TAIL",
+    "Balance",
+    "evaluate",
+    "imbalance",
+    "rank_load",
+    "step_costs",
+    "tail_mean",
+]
+
+# The part of the windows that conditional value at risk (CVaR) is the mean of.
+CVAR_TAIL = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +45,9 @@ class Balance:
         Over windows, each scored by its mean over layers: what a step costs.
     imbalance_worst_layer : float
         The largest value of one layer in one window.
+    imbalance_cvar : float
+        The mean over the worst tenth of the windows (``CVAR_TAIL``), each scored by its mean over
+        layers.
     balancedness : float
         Sum of mean rank loads / sum of largest rank loads, over layers and windows (at most 1).
     max_receive_rows_mean, max_receive_rows_worst : float
@@ -47,6 +61,7 @@ class Balance:
     imbalance_mean: float
     imbalance_p95: float
     imbalance_worst: float
+    imbalance_cvar: float
     imbalance_worst_layer: float
     balancedness: float
     max_receive_rows_mean: float
@@ -90,8 +105,19 @@ def rank_load(
             f"{profile.source} has {profile.num_experts} experts and the plan "
             f"{placement.num_experts}; give a profile of the plan's model"
         )
-    phys_to_log_LS = placement.of_layers(profile.layer_ids)
-    share_LS = slot_share(phys_to_log_LS, placement.num_experts, topology, split)
+    check_split(split, placement.split_weights_LS)
+    rows = placement.rows(profile.layer_ids)
+    phys_to_log_LS = placement.phys_to_log_LS[rows]
+    if split == "batch":
+        return _batch_rank_load(profile, phys_to_log_LS, topology)
+    weights_LS = placement.split_weights_LS
+    share_LS = slot_share(
+        phys_to_log_LS,
+        placement.num_experts,
+        topology,
+        split,
+        None if weights_LS is None else weights_LS[rows],
+    )
     load_WLR = np.empty((profile.num_windows, profile.num_layers, topology.num_ranks))
     # Layer by layer: the slots' loads of all layers at once would be the largest array around.
     for layer in range(profile.num_layers):
@@ -99,6 +125,37 @@ def rank_load(
         load_WS *= share_LS[layer]
         load_WLR[:, layer] = load_WS.reshape(len(load_WS), topology.num_ranks, -1).sum(axis=2)
     return load_WLR
+
+
+def _batch_rank_load(
+    profile: LoadProfile, phys_to_log_LS: IntArray, topology: Topology
+) -> FloatArray:
+    from eplb.batch_split import batch_rank_load  # noqa: PLC0415  (numba)
+
+    return np.stack(
+        [
+            batch_rank_load(profile.counts_WLE[:, layer], row_S, topology.num_ranks)
+            for layer, row_S in enumerate(phys_to_log_LS)
+        ],
+        axis=1,
+    )
+
+
+def step_costs(ratio_WL: FloatArray) -> FloatArray:
+    """Return what each window costs: its mean imbalance over the layers with load, shape [W]."""
+    costs: FloatArray = np.nanmean(ratio_WL, axis=1)
+    return costs
+
+
+def tail_mean(cost_W: FloatArray, tail: float = CVAR_TAIL) -> float:
+    """Return the mean of the worst ``tail`` of the windows; a window can count in part.
+
+    This is conditional value at risk (Rockafellar and Uryasev, J. Risk 2, 2000, eq. 4).
+    """
+    falling_W = np.sort(cost_W)[::-1]
+    size = max(tail * len(falling_W), 1.0)
+    weight_W = np.clip(size - np.arange(len(falling_W)), 0.0, 1.0)
+    return float(falling_W @ weight_W / size)
 
 
 def imbalance(rank_load_WLR: FloatArray) -> FloatArray:
@@ -152,11 +209,12 @@ def _balance(
     # Windows in which these layers had no load are not steps and are not scored.
     scored_W = ~np.isnan(ratio_WL).all(axis=1)
     ratio_WL = ratio_WL[scored_W]
-    step_W = np.nanmean(ratio_WL, axis=1)
+    step_W = step_costs(ratio_WL)
     return Balance(
         imbalance_mean=float(np.nanmean(ratio_WL)),
         imbalance_p95=float(np.percentile(step_W, 95)),
         imbalance_worst=float(step_W.max()),
+        imbalance_cvar=tail_mean(step_W),
         imbalance_worst_layer=float(np.nanmax(ratio_WL)),
         balancedness=float(mean_WL.sum() / max_WL.sum()),
         max_receive_rows_mean=float(max_WL[max_WL > 0].mean()),

@@ -14,13 +14,11 @@ from typing import Any
 from eplb.errors import InvalidInput, PlacementInvalid, unknown_name
 from eplb.model import MoEModel
 from eplb.slots import Placement
-from eplb.split import SPLIT_RULES
+from eplb.problem import OBJECTIVES
+from eplb.split import check_split
 from eplb.topology import Topology
 
-__all__ = ["PLAN_SCHEMA", "STATISTICS", "Plan", "Quality"]
-
-# Over windows, of what a step costs. Files may name any; solvers say what they minimise.
-STATISTICS = ("mean", "worst", "cvar")
+__all__ = ["PLAN_SCHEMA", "Plan", "Quality"]
 
 PLAN_SCHEMA = "eplb/plan@1"
 
@@ -37,12 +35,25 @@ class Quality:
         No placement on these slots has a lower ``imbalance_mean``.
     gap_mean : float
         (imbalance_mean - bound_mean) / bound_mean.
+    objective, bound, gap : float, optional
+        The same three for the statistic that was minimised, where that is not the mean.
     """
 
     imbalance_mean: float
     imbalance_worst: float
     bound_mean: float
     gap_mean: float
+    objective: float | None = None
+    bound: float | None = None
+    gap: float | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the figures there are."""
+        return {
+            name: value
+            for name in self.__dataclass_fields__
+            if (value := getattr(self, name)) is not None
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,10 +103,11 @@ class Plan:
             )
         if self.placement.layer_ids != self.model.layer_ids:
             raise InvalidInput("the placement and its model must name the same layers")
-        if self.split not in SPLIT_RULES:
-            raise unknown_name("split rule", self.split, SPLIT_RULES)
-        if self.statistic not in STATISTICS:
-            raise unknown_name("objective", self.statistic, STATISTICS)
+        check_split(self.split, self.placement.split_weights_LS)
+        if self.split != "weighted" and self.placement.split_weights_LS is not None:
+            raise InvalidInput(f"split {self.split} takes no split_weights; remove them")
+        if self.statistic not in OBJECTIVES:
+            raise unknown_name("objective", self.statistic, OBJECTIVES)
 
     def content(self) -> dict[str, Any]:
         """Return what the plan decides, as the JSON values that its digest covers."""
@@ -112,20 +124,22 @@ class Plan:
             for name in self.topology.__dataclass_fields__
             if (value := getattr(self.topology, name)) is not None
         }
-        return {
+        placement = self.placement
+        content = {
             "schema": PLAN_SCHEMA,
             "model": model,
             "topology": topology,
             "split": self.split,
             "objective": {"statistic": self.statistic},
             "layers": dict(
-                zip(
-                    self.placement.layer_ids,
-                    self.placement.phys_to_log_LS.tolist(),
-                    strict=True,
-                )
+                zip(placement.layer_ids, placement.phys_to_log_LS.tolist(), strict=True)
             ),
         }
+        if placement.split_weights_LS is not None:
+            content["split_weights"] = dict(
+                zip(placement.layer_ids, placement.split_weights_LS.tolist(), strict=True)
+            )
+        return content
 
     def digest(self) -> str:
         """Return ``sha256:`` and the digest that ranks agree on before they load the plan."""

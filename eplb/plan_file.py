@@ -39,13 +39,18 @@ def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
         The file cannot be written; an old file is left as it was.
     """
     content = plan.content()
-    layers = content.pop("layers")
+    layers, split_weights = content.pop("layers"), content.pop("split_weights", None)
     text = _dump(content) + "layers:\n"
     for layer_id, slots in layers.items():
         text += f"  {layer_id}: [{', '.join(map(str, slots))}]\n"
+    if split_weights is not None:
+        text += "split_weights:\n"
+        for layer_id, weights in split_weights.items():
+            # Not as repr does: YAML takes 1e-09 for text.
+            text += f"  {layer_id}: [{', '.join(format(w, '.9f') for w in weights)}]\n"
     rest: dict[str, Any] = {}
     if plan.quality is not None:
-        rest["quality"] = {f: getattr(plan.quality, f) for f in Quality.__dataclass_fields__}
+        rest["quality"] = plan.quality.to_dict()
     rest["provenance"] = dict(plan.provenance)
     rest["digest"] = plan.digest()
     write_atomic(path, (text + _dump(rest)).encode())
@@ -98,7 +103,14 @@ def _plan_of(document: Mapping[Any, Any]) -> Plan:
     if not isinstance(split, str) or split not in SPLIT_RULES:
         name = split if isinstance(split, str) else _short(split)
         raise unknown_name("split rule", name, SPLIT_RULES)
-    statistic = _mapping(document, "objective", required=False).get("statistic", "mean")
+    objective = _mapping(document, "objective", required=False)
+    for key in objective:
+        if key != "statistic":
+            warnings.warn(
+                f"{unknown_name('key in objective', str(key), ('statistic',))} (ignored)",
+                stacklevel=3,
+            )
+    statistic = objective.get("statistic", "mean")
     return Plan(
         model=model,
         topology=topology,
@@ -108,6 +120,7 @@ def _plan_of(document: Mapping[Any, Any]) -> Plan:
             phys_to_log_LS=np.array(list(placement_rows.values()), np.int64),
             layer_ids=tuple(layers),
             num_experts=model.num_experts,
+            split_weights_LS=_split_weights(document, placement_rows),
         ),
         quality=_quality(document),
         provenance=_mapping(document, "provenance", required=False),
@@ -135,6 +148,29 @@ def _rows(layers: Mapping[Any, Any]) -> dict[int, list[int]]:
     return dict(layers)
 
 
+def _split_weights(
+    document: Mapping[Any, Any], rows: Mapping[int, list[int]]
+) -> list[list[float]] | None:
+    weights = _mapping(document, "split_weights", required=False)
+    if not weights:
+        return None
+    if list(weights) != list(rows):
+        raise InvalidInput("split_weights must name the layers that layers names, in this order")
+    for layer_id, values in weights.items():
+        if type(values) is not list or len(values) != len(rows[layer_id]):
+            raise PlacementInvalid(
+                f"split_weights of layer {layer_id} must be a list of {len(rows[layer_id])} "
+                "fractions, one a slot"
+            )
+        for slot, value in enumerate(values):
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise PlacementInvalid(
+                    f"split_weights of layer {layer_id}, slot {slot}: {_short(value)} is no "
+                    "fraction from 0 to 1"
+                )
+    return list(weights.values())
+
+
 def _check_digest(document: Mapping[Any, Any]) -> None:
     if "digest" not in document:
         warnings.warn("the plan has no digest, so nothing shows whether it is whole", stacklevel=4)
@@ -157,8 +193,10 @@ def _quality(document: Mapping[Any, Any]) -> Quality | None:
     if not values:
         return None
     figures = {}
-    for field in Quality.__dataclass_fields__:
+    for field, declared in Quality.__dataclass_fields__.items():
         value: Any = values.get(field)
+        if value is None and declared.default is None:
+            continue
         # Compared as it is: a whole number in a file can be too large for a float.
         if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
             raise InvalidInput(f"quality.{field} must be a finite number, got {_short(value)}")

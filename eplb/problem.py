@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from eplb.arrays import FloatArray
 from eplb.errors import InfeasibleProblem, InvalidInput, unknown_name
@@ -15,8 +16,8 @@ from eplb.topology import Topology
 
 __all__ = ["OBJECTIVES", "Problem", "Solution"]
 
-# Statistics over windows that solvers minimise so far.
-OBJECTIVES = ("mean",)
+# Statistics over windows, of what a step costs (its mean imbalance over layers).
+OBJECTIVES = ("mean", "worst", "cvar")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +31,11 @@ class Problem:
         Of the profile's layers and experts.
     topology : Topology
     split : str
-        How an expert's tokens divide over its replicas, ``even`` or ``nearest``.
+        How an expert's tokens divide over its replicas: ``even``, ``nearest``, ``weighted`` or
+        ``batch``.
     statistic : str
-        Over windows, of what a step costs; ``mean`` minimises ``imbalance_mean``.
+        Over windows, of what a step costs: ``mean`` minimises ``imbalance_mean``, ``worst`` and
+        ``cvar`` the figures of these names in :class:`eplb.metrics.Balance`.
     distinct_ranks : bool
         No two replicas of an expert on one rank.
     groups_in_nodes : bool
@@ -108,20 +111,25 @@ class Solution:
     Parameters
     ----------
     placement : Placement
+        With split weights under the rule ``weighted``.
     balance : Balance
         Its figures on the problem's profile under the problem's split rule.
     objective, bound, gap : float
         What was minimised, a value no placement is below, and (objective - bound) / bound.
+    bound_mean : float
+        A value that no placement's ``imbalance_mean`` is below, whatever was minimised.
     bound_L : array of float64, shape [L]
-        The bound on each layer's ``imbalance_mean``.
+        The same for each layer.
     status : str
         ``optimal`` (the gap is closed) or ``feasible``.
     stop_reason : str
-        Why the solver ended: ``finished`` or ``time_limit``.
+        Why the solver ended: ``finished``, ``time_limit`` or ``proven``.
     solver : str
     seed : int
     time_s : float
         Wall time of the solver, without evaluation and bound.
+    notes : mapping
+        What the solver made of the windows it was given, as JSON values.
     """
 
     placement: Placement
@@ -129,9 +137,11 @@ class Solution:
     objective: float
     bound: float
     gap: float
+    bound_mean: float
     bound_L: FloatArray
     status: str
     stop_reason: str
     solver: str
     seed: int
     time_s: float
+    notes: Mapping[str, object] = field(default_factory=dict)

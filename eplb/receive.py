@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray, IntArray
-from eplb.errors import InvalidInput, unknown_name
+from eplb.errors import InvalidInput
 from eplb.slots import Placement
-from eplb.split import SPLIT_RULES
+from eplb.split import check_split
 from eplb.topology import Topology
 
 __all__ = ["receive_tokens"]
@@ -42,8 +42,12 @@ def receive_tokens(
     InvalidInput
         Shapes or expert ids do not fit the placement, or the split rule is unknown.
     """
-    if split not in SPLIT_RULES:
-        raise unknown_name("split rule", split, SPLIT_RULES)
+    check_split(split, placement.split_weights_LS)
+    if split == "batch":
+        raise InvalidInput(
+            "tokens received depend on which token goes where, which split batch does not fix; "
+            "use even, nearest or weighted"
+        )
     if topk_TLK.ndim != 3 or 0 in topk_TLK.shape or topk_TLK.dtype.kind not in "iu":
         raise InvalidInput(
             "routings must be whole numbers of the shape [tokens, layers, top_k], got "

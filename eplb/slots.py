@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb.arrays import IntArray, frozen_array
+from eplb.arrays import FloatArray, IntArray, frozen_array
 from eplb.errors import PlacementInvalid
 from eplb.model import is_layer_ids
 
 __all__ = ["EMPTY", "Placement", "initial_placement", "log_to_phys", "replica_count"]
 
 EMPTY = -1
+# Files and sums round fractions.
+WEIGHT_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -34,6 +36,9 @@ class Placement:
         Absolute decoder layer id of each row.
     num_experts : int
         E, logical experts of a layer.
+    split_weights_LS : array of float, shape [L, S], optional
+        The fraction of its expert's tokens that each slot receives, for the split rule
+        ``weighted``. Fractions of an expert add up to 1; an empty slot has 0.
 
     Raises
     ------
@@ -44,6 +49,7 @@ class Placement:
     phys_to_log_LS: IntArray
     layer_ids: tuple[int, ...]
     num_experts: int
+    split_weights_LS: FloatArray | None = None
 
     def __post_init__(self) -> None:
         slots = np.asarray(self.phys_to_log_LS)
@@ -82,6 +88,10 @@ class Placement:
                 f"layer {self.layer_ids[layer]}: expert {expert} is missing; every logical expert "
                 "needs a slot, or its tokens would be lost"
             )
+        if self.split_weights_LS is not None:
+            weights_LS = frozen_array(self.split_weights_LS, np.float64)
+            _check_weights(weights_LS, self)
+            object.__setattr__(self, "split_weights_LS", weights_LS)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Placement):
@@ -90,6 +100,12 @@ class Placement:
             self.num_experts == other.num_experts
             and self.layer_ids == other.layer_ids
             and np.array_equal(self.phys_to_log_LS, other.phys_to_log_LS)
+            and (self.split_weights_LS is None) == (other.split_weights_LS is None)
+            and (
+                self.split_weights_LS is None
+                or other.split_weights_LS is None
+                or np.array_equal(self.split_weights_LS, other.split_weights_LS)
+            )
         )
 
     __hash__ = None  # type: ignore[assignment]
@@ -112,6 +128,17 @@ class Placement:
         PlacementInvalid
             A layer is not part of this placement.
         """
+        rows: IntArray = self.phys_to_log_LS[self.rows(layer_ids)]
+        return rows
+
+    def rows(self, layer_ids: Sequence[int]) -> list[int]:
+        """Return where the rows of these layers are.
+
+        Raises
+        ------
+        PlacementInvalid
+            A layer is not part of this placement.
+        """
         row_of = {layer_id: row for row, layer_id in enumerate(self.layer_ids)}
         absent = [i for i in layer_ids if i not in row_of]
         if absent:
@@ -120,8 +147,30 @@ class Placement:
                 f"{self.layer_ids[0]} to {self.layer_ids[-1]}; plan it, or use the profile of "
                 "this plan's model"
             )
-        rows: IntArray = self.phys_to_log_LS[[row_of[i] for i in layer_ids]]
-        return rows
+        return [row_of[i] for i in layer_ids]
+
+
+def _check_weights(weights_LS: FloatArray, placement: Placement) -> None:
+    slots_LS, layer_ids = placement.phys_to_log_LS, placement.layer_ids
+    if weights_LS.shape != slots_LS.shape:
+        raise PlacementInvalid(
+            f"split weights of the shape {list(weights_LS.shape)} for slots of "
+            f"{list(slots_LS.shape)}; give one a slot"
+        )
+    if not (weights_LS >= 0).all() or weights_LS[slots_LS < 0].any():
+        raise PlacementInvalid(
+            "split weights must be numbers from 0 on, and 0 for empty slots; plan again"
+        )
+    total_LE = np.zeros((len(layer_ids), placement.num_experts))
+    layer, slot = np.nonzero(slots_LS >= 0)
+    np.add.at(total_LE, (layer, slots_LS[layer, slot]), weights_LS[layer, slot])
+    wrong = np.abs(total_LE - 1) > WEIGHT_TOLERANCE
+    if wrong.any():
+        row, expert = (int(i) for i in np.argwhere(wrong)[0])
+        raise PlacementInvalid(
+            f"layer {layer_ids[row]}: the split weights of expert {expert} add up to "
+            f"{total_LE[row, expert]:.6g} instead of 1"
+        )
 
 
 def replica_count(phys_to_log_LS: IntArray, num_experts: int) -> IntArray:

@@ -1,27 +1,50 @@
 """Split rules: how the tokens of a logical expert divide over its replicas.
 
-A rule gives each slot its fraction of its expert's tokens, exactly and in expectation over the
-tokens' source ranks (each rank is the source of an equal part, as data-parallel ranks of one size
-are). Evaluator and solvers use these functions; the runtime's choice of a replica follows them.
+``even``, ``nearest`` and ``weighted`` give each slot its fraction of its expert's tokens, exactly
+and in expectation over the tokens' source ranks (each rank is the source of an equal part, as
+data-parallel ranks of one size are). Evaluator and solvers use these functions; the runtime's
+choice of a replica follows them. Under ``batch`` fractions are chosen anew for every window:
+:mod:`eplb.batch_split`.
 Shape letters: L layers, E logical experts, S slots, R ranks, N nodes, M ranks of a node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from eplb.arrays import FloatArray, IntArray
-from eplb.errors import unknown_name
+from eplb.errors import InvalidInput, unknown_name
 from eplb.slots import replica_count
 from eplb.topology import Topology
 
-__all__ = ["SPLIT_RULES", "slot_share"]
+__all__ = ["SPLIT_RULES", "check_split", "slot_share"]
+
+SPLIT_RULES = ("even", "nearest", "weighted", "batch")
+
+
+def check_split(split: str, split_weights_LS: FloatArray | None) -> None:
+    """Raise unless ``split`` is a rule, and a placement has fractions where it needs them.
+
+    Raises
+    ------
+    InvalidInput
+        The rule is unknown, or is ``weighted`` and there are no split weights.
+    """
+    if split not in SPLIT_RULES:
+        raise unknown_name("split rule", split, SPLIT_RULES)
+    if split == "weighted" and split_weights_LS is None:
+        raise InvalidInput(
+            "split weighted needs split_weights and this placement has none; plan with "
+            "--split weighted, or use another rule"
+        )
 
 
 def slot_share(
-    phys_to_log_LS: IntArray, num_experts: int, topology: Topology, split: str
+    phys_to_log_LS: IntArray,
+    num_experts: int,
+    topology: Topology,
+    split: str,
+    split_weights_LS: FloatArray | None = None,
 ) -> FloatArray:
     """Return the fraction of its expert's tokens that each slot receives, shape [L, S].
 
@@ -30,14 +53,24 @@ def slot_share(
     Raises
     ------
     InvalidInput
-        ``split`` is not a registered rule.
+        ``split`` is not a rule, or is ``weighted`` without split weights, or ``batch``, whose
+        fractions are different in every window.
     """
-    if split not in SPLIT_RULES:
-        raise unknown_name("split rule", split, SPLIT_RULES)
-    return SPLIT_RULES[split](phys_to_log_LS, num_experts, topology)
+    check_split(split, split_weights_LS)
+    if split == "even":
+        return _even(phys_to_log_LS, num_experts)
+    if split == "nearest":
+        return _nearest(phys_to_log_LS, num_experts, topology)
+    if split == "weighted":
+        assert split_weights_LS is not None
+        return split_weights_LS
+    raise InvalidInput(
+        "under split batch every window has fractions of its own; use even, nearest or weighted "
+        "where one set of fractions is needed"
+    )
 
 
-def _even(phys_to_log_LS: IntArray, num_experts: int, topology: Topology) -> FloatArray:
+def _even(phys_to_log_LS: IntArray, num_experts: int) -> FloatArray:
     """Give each replica the same part, as round robin and hashing do."""
     count_LS = _of_slots(replica_count(phys_to_log_LS, num_experts), phys_to_log_LS)
     return np.where(phys_to_log_LS >= 0, 1.0 / np.maximum(count_LS, 1), 0.0)
@@ -87,9 +120,3 @@ def _of_slots(values_LE: IntArray, phys_to_log_LS: IntArray) -> IntArray:
     """Return each slot's value of its expert; an empty slot shows that of expert 0."""
     values: IntArray = np.take_along_axis(values_LE, np.maximum(phys_to_log_LS, 0), axis=1)
     return values
-
-
-SPLIT_RULES: dict[str, Callable[[IntArray, int, Topology], FloatArray]] = {
-    "even": _even,
-    "nearest": _nearest,
-}
