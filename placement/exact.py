@@ -1,0 +1,238 @@
+"""One layer solved to a proven optimum, as far as the time goes.
+
+``even`` and ``nearest`` are integer programmes over replica counts and ranks
+(:mod:`eplb.placement.exact_shares`, CP-SAT), or pairs (:mod:`eplb.placement.pairs`); ``weighted``
+and ``batch`` have linear programmes inside (:mod:`eplb.placement.exact_splits`). All of them
+report a bound that holds for the real-valued problem.
+Shape letters: W windows, E logical experts, S slots, R ranks, K slots of a rank.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from eplb.arrays import FloatArray, IntArray
+from eplb.batch_split import batch_max_load
+from eplb.errors import InfeasibleProblem, unknown_name
+from eplb.placement.bound import load_bound
+from eplb.placement.exact_shares import place_by_shares
+from eplb.placement.exact_splits import place_by_cuts, place_by_fractions
+from eplb.placement.fractions import best_fractions, fraction_objective
+from eplb.placement.greedy import place_greedy
+from eplb.placement.pairs import solve_pairs
+from eplb.slots import EMPTY
+from eplb.split import slot_share
+from eplb.topology import Topology
+
+__all__ = ["EXACT_RULES", "ExactLayer", "solve_layer"]
+
+EXACT_RULES = ("even", "nearest", "weighted", "batch")
+
+# Objective and bound that differ by less are equal: the integer programmes round loads at a
+# quarter of this, HiGHS stops at a tenth of it.
+PROOF_GAP = 1e-6
+# Ranks up to which all cuts of the ranks (2^R) are written down.
+_CUT_RANKS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class ExactLayer:
+    """The best placement found of one layer, and what no placement is below.
+
+    Parameters
+    ----------
+    phys_to_log_S : array of int64
+        The expert in each slot, -1 for an empty one.
+    fraction_S : array of float64 or None
+        Of its expert's tokens, for ``weighted``.
+    objective, bound : float
+        Weighted mean over windows of the largest rank load, in the unit of the loads.
+    proven : bool
+        The objective is the bound, up to 1e-6 of it.
+    stop_reason : str
+        ``finished`` or ``time_limit``.
+    """
+
+    phys_to_log_S: IntArray
+    fraction_S: FloatArray | None
+    objective: float
+    bound: float
+    proven: bool
+    stop_reason: str
+
+
+def solve_layer(
+    load_WE: FloatArray,
+    weight_W: FloatArray,
+    *,
+    topology: Topology,
+    split: str,
+    start_S: IntArray | None = None,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    workers: int = 1,
+) -> ExactLayer:
+    """Return a placement of least weighted mean largest rank load, replicas on distinct ranks.
+
+    Parameters
+    ----------
+    load_WE : array of float64
+        Non-negative, each window in the same unit (scaled to a mean rank load of 1, as a rule).
+    weight_W : array of float64
+        Of the windows in the mean; positive, adding up to 1.
+    topology : Topology
+    split : str
+        One of ``EXACT_RULES``.
+    start_S : array of int64, optional
+        A placement that the answer is never worse than; without it that of ``greedy``.
+    time_limit_s : float, optional
+        After it the best placement found and the best bound are returned.
+    seed, workers : int
+        For CP-SAT. With one worker and without a time limit the same seed gives the same answer.
+
+    Raises
+    ------
+    InvalidInput
+        The split rule is unknown.
+    InfeasibleProblem
+        There are fewer slots than experts.
+    """
+    if split not in EXACT_RULES:
+        raise unknown_name("split rule", split, EXACT_RULES)
+    num_experts = load_WE.shape[1]
+    if topology.num_slots < num_experts:
+        raise InfeasibleProblem(
+            f"{topology.num_slots} slots cannot hold {num_experts} experts; use more slots a rank"
+        )
+    end_s = None if time_limit_s is None else time.perf_counter() + time_limit_s
+    load_WE = np.ascontiguousarray(load_WE, np.float64)
+    if start_S is None:
+        start_S = _greedy_row(load_WE, weight_W, topology)
+    best_S, best = start_S, _objective(load_WE, weight_W, start_S, topology, split)
+    low = _first_bound(load_WE, weight_W, topology, split, best)
+    if low < best * (1 - PROOF_GAP):
+        rows, bound = _search(
+            load_WE, weight_W, topology, split, best_S, best, low, end_s, seed, workers
+        )
+        low = max(low, bound)
+        for row in rows:
+            reached = _objective(load_WE, weight_W, row, topology, split)
+            if reached < best:
+                best_S, best = row, reached
+    fraction_S = None
+    if split == "weighted":
+        fraction_S, _ = best_fractions(load_WE, weight_W, best_S, topology.num_ranks)
+        best = fraction_objective(load_WE, weight_W, best_S, fraction_S, topology.num_ranks)
+    low = min(low, best)
+    proven = low >= best * (1 - PROOF_GAP)
+    return ExactLayer(
+        phys_to_log_S=best_S,
+        fraction_S=fraction_S,
+        objective=best,
+        bound=low,
+        proven=proven,
+        stop_reason="finished" if proven else "time_limit",
+    )
+
+
+def _search(
+    load_WE: FloatArray,
+    weight_W: FloatArray,
+    topology: Topology,
+    split: str,
+    start_S: IntArray,
+    start: float,
+    low: float,
+    end_s: float | None,
+    seed: int,
+    workers: int,
+) -> tuple[list[IntArray], float]:
+    """Return placements worth scoring, and a bound."""
+
+    def left_s() -> float | None:
+        return None if end_s is None else max(0.01, end_s - time.perf_counter())
+
+    if split == "weighted":
+        return place_by_fractions(load_WE, weight_W, topology, left_s(), per_window=False)
+    if split == "batch" and topology.num_ranks > _CUT_RANKS:
+        return place_by_fractions(load_WE, weight_W, topology, left_s(), per_window=True)
+    if split == "batch":
+        return place_by_cuts(
+            load_WE, weight_W, topology, start_S, start, low, left_s(), seed=seed, workers=workers
+        )
+    rows = []
+    if split == "even" and topology.slots_per_rank == 2 and len(load_WE) == 1:
+        scale = float(weight_W[0])
+        pairs = solve_pairs(
+            load_WE[0],
+            topology.num_ranks,
+            low=low / scale,
+            time_limit_s=left_s(),
+            seed=seed,
+        )
+        rows.append(pairs.phys_to_log_S)
+        low = max(low, pairs.bound * scale)
+        if low >= min(start, pairs.objective * scale) * (1 - PROOF_GAP):
+            return rows, low
+        start = min(start, pairs.objective * scale)
+    # Under even split the nodes do not count: all ranks are one.
+    flat = topology if split == "nearest" else _one_node(topology)
+    found, bound = place_by_shares(
+        load_WE, weight_W, flat, start_S, start, low, left_s(), seed=seed, workers=workers
+    )
+    return rows + found, max(low, bound)
+
+
+def _one_node(topology: Topology) -> Topology:
+    return Topology(
+        num_nodes=1, ranks_per_node=topology.num_ranks, slots_per_rank=topology.slots_per_rank
+    )
+
+
+def _greedy_row(load_WE: FloatArray, weight_W: FloatArray, topology: Topology) -> IntArray:
+    """Return the slots of ``greedy`` on the mean load; those that it cannot fill stay empty."""
+    num_experts = load_WE.shape[1]
+    per_rank = min(topology.slots_per_rank, num_experts)
+    row_LS, _ = place_greedy(
+        (weight_W @ load_WE)[np.newaxis].astype(np.float32),
+        num_slots=topology.num_ranks * per_rank,
+        num_ranks=topology.num_ranks,
+        distinct_ranks=True,
+    )
+    row_RK = np.full((topology.num_ranks, topology.slots_per_rank), EMPTY, np.int64)
+    row_RK[:, :per_rank] = row_LS[0].reshape(topology.num_ranks, per_rank)
+    return row_RK.reshape(-1)
+
+
+def _objective(
+    load_WE: FloatArray, weight_W: FloatArray, row_S: IntArray, topology: Topology, split: str
+) -> float:
+    """Return the weighted mean over windows of the largest rank load under a rule."""
+    if split == "batch":
+        return float(batch_max_load(load_WE, row_S, topology.num_ranks) @ weight_W)
+    if split == "weighted":
+        return best_fractions(load_WE, weight_W, row_S, topology.num_ranks)[1]
+    share_S = slot_share(row_S[np.newaxis], load_WE.shape[1], topology, split)[0]
+    return fraction_objective(load_WE, weight_W, row_S, share_S, topology.num_ranks)
+
+
+def _first_bound(
+    load_WE: FloatArray, weight_W: FloatArray, topology: Topology, split: str, reached: float
+) -> float:
+    """Return what is known without a search: the bound of the mean load, and each window's own."""
+    mean_LE = (weight_W @ load_WE)[np.newaxis]
+    load_XE = np.concatenate([mean_LE, load_WE])
+    used = load_XE.any(axis=1)
+    mean_X = load_XE.sum(axis=1) / topology.num_ranks
+    bound_X = np.zeros(len(load_XE))
+    bound_X[used] = mean_X[used] * load_bound(
+        load_XE[used],
+        num_ranks=topology.num_ranks,
+        slots_per_rank=topology.slots_per_rank,
+        even=split == "even",
+        reached_L=np.full(int(used.sum()), max(1.0, 4 * reached / max(mean_X[0], 1e-300))),
+    )
+    return float(max(bound_X[0], weight_W @ bound_X[1:]))
