@@ -11,7 +11,17 @@ import click
 from eplb.errors import InvalidInput, unknown_name
 from eplb.load_profile import LoadProfile
 
-__all__ = ["Name", "as_json", "profile_arguments", "read_windows", "windows_option"]
+__all__ = [
+    "Fraction",
+    "Name",
+    "Seconds",
+    "as_json",
+    "phase_option",
+    "profile_arguments",
+    "read_parts",
+    "read_windows",
+    "windows_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +58,43 @@ class Name(click.ParamType[str]):
         ]
 
 
+class Fraction(click.ParamType[float]):
+    """A part of something between 0 and 1, also as a percentage."""
+
+    name = "PART"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the part."""
+        text = str(value).strip()
+        try:
+            part = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        except ValueError:
+            part = -1.0
+        if not 0 < part < 1:
+            self.fail(f"{value!r} is not a part between 0 and 1, such as 0.25 or 25%", param, ctx)
+        return part
+
+
+class Seconds(click.ParamType[float]):
+    """A time of at least 0; click's own range lets NaN through."""
+
+    name = "SECONDS"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the time."""
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = -1.0
+        if not 0 <= seconds < float("inf"):
+            self.fail(f"{value!r} is not a number of seconds from 0 on", param, ctx)
+        return seconds
+
+
 class Windows(click.ParamType[tuple[int | None, int | None]]):
     """A range of windows, ``START:STOP``, either side optional."""
 
@@ -81,16 +128,37 @@ windows_option = click.option(
 )
 
 
+phase_option = click.option(
+    "--phase",
+    type=Name("phase", ("prefill", "decode", "mixed")),
+    help="Use only the windows of this phase.",
+)
+
+
 def read_windows(
-    specs: Iterable[str], windows: tuple[int | None, int | None] | None
+    specs: Iterable[str],
+    windows: tuple[int | None, int | None] | None,
+    phase: str | None = None,
 ) -> LoadProfile:
-    """Read profiles as scenarios, each cut to its windows ``start:stop``."""
+    """Read profiles as scenarios, each cut to its windows ``start:stop`` of one phase."""
     from eplb.load_profile import merge_profiles
+
+    return merge_profiles(read_parts(specs, windows, phase))
+
+
+def read_parts(
+    specs: Iterable[str],
+    windows: tuple[int | None, int | None] | None,
+    phase: str | None,
+) -> list[LoadProfile]:
+    """Read profiles, each cut to its windows ``start:stop`` of one phase."""
     from eplb.profiles import read_profile
 
     profiles = [read_profile(spec) for spec in specs]
+    if phase is not None:
+        profiles = [profile.of_phase(phase) for profile in profiles]
     if windows is not None:
         profiles = [profile.windows(*windows) for profile in profiles]
     if not profiles:
         raise InvalidInput("no profile given; name at least one file")
-    return merge_profiles(profiles)
+    return profiles

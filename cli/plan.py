@@ -11,12 +11,23 @@ import click
 import numpy as np
 
 from eplb import __version__
-from eplb.cli.options import Name, as_json, profile_arguments, read_windows, windows_option
+from eplb.cli.options import (
+    Fraction,
+    Name,
+    Seconds,
+    as_json,
+    phase_option,
+    profile_arguments,
+    read_parts,
+    windows_option,
+)
 from eplb.errors import InvalidInput
-from eplb.load_profile import LoadProfile
+from eplb.load_profile import LoadProfile, merge_profiles
+from eplb.metrics import evaluate
 from eplb.model import MODEL_PRESETS, UNKNOWN_MODEL, MoEModel, model_preset
-from eplb.placement.solve import SOLVERS, solve
+from eplb.placement.solve import SOLVERS, Effort, solve
 from eplb.plan import Plan, Quality
+from eplb.plan_file import read_plan
 from eplb.problem import OBJECTIVES, Problem, Solution
 from eplb.split import SPLIT_RULES
 from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
@@ -24,7 +35,7 @@ from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["command", "make_plan", "show_plan", "topology_of"]
+__all__ = ["command", "make_plan", "show_plan", "show_unseen", "topology_of"]
 
 
 @click.command("plan")
@@ -73,13 +84,47 @@ __all__ = ["command", "make_plan", "show_plan", "topology_of"]
     is_flag=True,
     help="Allow two replicas of an expert on one rank, as DeepSeek's EPLB does.",
 )
-@click.option("--time-limit", type=click.FloatRange(min=0), help="Seconds, for anytime solvers.")
+@click.option(
+    "--previous",
+    type=click.Path(),
+    metavar="PLAN",
+    help="Search from this plan instead of from greedy ones; never ends worse.",
+)
+@click.option(
+    "--time-limit",
+    type=Seconds(),
+    metavar="SECONDS",
+    help="For search and exact: the best found by then is the answer.",
+)
+@click.option(
+    "--sweeps",
+    type=click.IntRange(min=1),
+    help="For search without a time limit: its budget, the same on every machine.",
+)
+@click.option(
+    "--recorded-only",
+    is_flag=True,
+    help="Let search fit nothing but the recorded windows, not others that are likely to come.",
+)
+@click.option(
+    "--holdout",
+    type=Fraction(),
+    metavar="PART",
+    help="Keep the last part of each profile's windows (as 25%) out of the fit, and score it.",
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @windows_option
+@phase_option
 @click.option("-o", "--output", type=click.Path(), required=True, metavar="PLAN")
 @as_json
 def command(
-    profiles: tuple[str, ...], output: str, json_: bool, windows: Any, **options: Any
+    profiles: tuple[str, ...],
+    output: str,
+    json_: bool,
+    windows: Any,
+    phase: str | None,
+    holdout: float | None,
+    **options: Any,
 ) -> None:
     """Plan replicas and placement for recorded loads, and prove how good the plan is.
 
@@ -88,6 +133,8 @@ def command(
 
     \b
     eplb plan loads.npz --nodes 4 --ranks-per-node 8 --slots-per-rank 9 -o plan.yaml
+    eplb plan day.npz night.npz --solver search --time-limit 10 --holdout 25% \\
+        --nodes 4 --ranks-per-node 8 --slots-per-rank 9 -o plan.yaml
     """
     from eplb.cli.show import progress
     from eplb.files import check_writable
@@ -95,7 +142,13 @@ def command(
     check_writable(output)
     topology = topology_of(options)
     with progress("reading profiles"):
-        profile = read_windows(profiles, windows)
+        parts = read_parts(profiles, windows, phase)
+        unseen = None
+        if holdout is not None:
+            parts, kept_out = split_holdout(parts, holdout)
+            unseen = merge_profiles(kept_out)
+        profile = merge_profiles(parts)
+        start = None if options["previous"] is None else read_plan(options["previous"]).placement
     problem = Problem(
         profile=profile,
         model=_model_of(profile, options),
@@ -105,18 +158,49 @@ def command(
         distinct_ranks=not options["shared_ranks"],
         groups_in_nodes=options["hierarchical"],
     )
+    effort = Effort(
+        seed=options["seed"],
+        time_limit_s=options["time_limit"],
+        sweeps=options["sweeps"],
+        extend=not options["recorded_only"],
+        start=start,
+    )
     with progress("solving"):
-        solution = solve(
-            problem,
-            options["solver"],
-            seed=options["seed"],
-            time_limit_s=options["time_limit"],
-        )
+        solution = solve(problem, options["solver"], effort)
     plan = make_plan(problem, solution, output)
     if json_:
-        click.echo(json.dumps(plan_report(plan, solution, output)))
-    else:
-        show_plan(problem, solution, plan, output)
+        report = plan_report(plan, solution, output)
+        if unseen is not None:
+            balance = evaluate(unseen, plan.placement, topology, plan.split)
+            report["holdout"] = {"windows": unseen.num_windows, **balance.to_dict()}
+        click.echo(json.dumps(report))
+        return
+    show_plan(problem, solution, plan, output)
+    if unseen is not None:
+        show_unseen(problem, plan, unseen)
+
+
+def split_holdout(
+    parts: list[LoadProfile], part: float
+) -> tuple[list[LoadProfile], list[LoadProfile]]:
+    """Cut each profile's last windows off, at least one and not all.
+
+    Raises
+    ------
+    InvalidInput
+        A profile has a single window.
+    """
+    fitted, kept_out = [], []
+    for profile in parts:
+        if profile.num_windows < 2:
+            raise InvalidInput(
+                f"{profile.source} has one window, so --holdout leaves nothing to fit; score the "
+                "plan on another profile with eplb evaluate"
+            )
+        size = min(max(round(part * profile.num_windows), 1), profile.num_windows - 1)
+        fitted.append(profile.windows(0, profile.num_windows - size))
+        kept_out.append(profile.windows(profile.num_windows - size, None))
+    return fitted, kept_out
 
 
 def topology_of(options: dict[str, Any]) -> Topology:
@@ -194,8 +278,17 @@ def make_plan(problem: Problem, solution: Solution, output: str) -> Plan:
         quality=Quality(
             imbalance_mean=solution.balance.imbalance_mean,
             imbalance_worst=solution.balance.imbalance_worst,
-            bound_mean=solution.bound,
-            gap_mean=solution.gap,
+            bound_mean=solution.bound_mean,
+            gap_mean=solution.balance.imbalance_mean / solution.bound_mean - 1,
+            **(
+                {}
+                if problem.statistic == "mean"
+                else {
+                    "objective": solution.objective,
+                    "bound": solution.bound,
+                    "gap": solution.gap,
+                }
+            ),
         ),
         provenance={
             "solver": solution.solver,
@@ -204,6 +297,7 @@ def make_plan(problem: Problem, solution: Solution, output: str) -> Plan:
             "seed": solution.seed,
             "status": solution.status,
             "stop_reason": solution.stop_reason,
+            **solution.notes,
             "profile": problem.profile.source,
             "profile_windows": problem.profile.num_windows,
             "profile_sha256": problem.profile.sha256(),
@@ -235,7 +329,8 @@ def plan_report(plan: Plan, solution: Solution, output: str) -> dict[str, Any]:
         "solver": solution.solver,
         "seed": solution.seed,
         "time_s": solution.time_s,
-        "quality": {f: getattr(plan.quality, f) for f in Quality.__dataclass_fields__},
+        "notes": dict(solution.notes),
+        "quality": plan.quality.to_dict(),
         "balance": solution.balance.to_dict(),
     }
 
@@ -243,12 +338,14 @@ def plan_report(plan: Plan, solution: Solution, output: str) -> dict[str, Any]:
 def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> None:
     """Print what the plan does: before and after, bound and gap, and what was written."""
     from eplb.cli import show
-    from eplb.metrics import evaluate, rank_load
+    from eplb.metrics import rank_load
     from eplb.slots import initial_placement, replica_count
 
     profile, topology, model = problem.profile, problem.topology, problem.model
     start = initial_placement(profile.layer_ids, model.num_experts, topology.num_slots)
-    before = evaluate(profile, start, topology, problem.split)
+    # What engines start with has no fractions of its own.
+    first = "even" if problem.split == "weighted" else problem.split
+    before = evaluate(profile, start, topology, first)
     after = solution.balance
     out = show.console()
     out.print(show.profile_line(profile))
@@ -263,7 +360,7 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
         show.layer_table(
             profile,
             [
-                ("before", before, rank_load(profile, start, topology, problem.split)),
+                ("before", before, rank_load(profile, start, topology, first)),
                 ("after", after, rank_load(profile, plan.placement, topology, problem.split)),
             ],
             solution.bound_L,
@@ -293,6 +390,9 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     )
     out.print(figures)
     out.print()
+    if problem.statistic != "mean":
+        what = "worst window" if problem.statistic == "worst" else "mean of the worst tenth"
+        out.print(f"Minimised: the {what}, {solution.objective:.4f}.")
     proof = (
         "No placement on these slots does better: the plan is optimal."
         if solution.status == "optimal"
@@ -300,11 +400,43 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
         f"{show.percent(solution.gap)} above the best there is."
     )
     out.print(proof)
+    notes = solution.notes
+    if notes.get("windows_added"):
+        out.print(
+            f"Fitted to {notes['windows_kept']} of {notes['windows_recorded']} recorded windows "
+            f"and {notes['windows_added']} that are likely to come."
+        )
     most = int(replica_count(plan.placement.phys_to_log_LS, model.num_experts).max())
     sizes = f"most replicas of an expert {most}"
     if model.expert_bytes is not None:
         extra = topology.num_slots - model.num_experts
         size = extra * model.expert_bytes * len(model.layer_ids) / topology.num_ranks
         sizes += f"; redundancy costs {size / 1e9:.2f} GB a rank"
-    out.print(f"Solved in {1e3 * solution.time_s:.1f} ms; {sizes}.")
+    spent = solution.time_s
+    time = f"{1e3 * spent:.1f} ms" if spent < 1 else f"{spent:.1f} s"
+    out.print(f"Solved in {time}; {sizes}.")
     out.print(f"Checked and written: {show.name(output)} ({plan.digest()[:23]}...)")
+
+
+def show_unseen(problem: Problem, plan: Plan, unseen: LoadProfile) -> None:
+    """Print what the plan makes of windows that it was not fitted to."""
+    from eplb.cli import show
+    from eplb.slots import initial_placement
+
+    topology = problem.topology
+    start = initial_placement(unseen.layer_ids, problem.model.num_experts, topology.num_slots)
+    split = "even" if plan.split == "weighted" else plan.split
+    before = evaluate(unseen, start, topology, split)
+    after = evaluate(unseen, plan.placement, topology, plan.split)
+    grid = show.table(
+        f"on {show.plural(unseen.num_windows, 'window')} it was not fitted to", "before", "after"
+    )
+    for name, figure in (
+        ("imbalance, mean", "imbalance_mean"),
+        ("imbalance, p95 of windows", "imbalance_p95"),
+        ("imbalance, worst window", "imbalance_worst"),
+    ):
+        grid.add_row(name, *(show.ratio(getattr(side, figure)) for side in (before, after)))
+    out = show.console()
+    out.print()
+    out.print(grid)

@@ -235,6 +235,15 @@ class LoadProfile:
         mean: FloatArray = sum_LE / np.count_nonzero(total_WL, axis=0)[:, np.newaxis]
         return mean
 
+    def largest_load_LE(self) -> FloatArray:
+        """Return the largest part of its window's load that each expert ever had, shape [L, E]."""
+        total_WL1 = self.counts_WLE.sum(axis=2, keepdims=True)
+        part_WLE = np.divide(
+            self.counts_WLE, total_WL1, out=np.zeros_like(self.counts_WLE), where=total_WL1 > 0
+        )
+        largest: FloatArray = part_WLE.max(axis=0)
+        return largest
+
     def windows(self, start: int | None, stop: int | None) -> LoadProfile:
         """Return the windows ``start:stop`` (as Python slices count) as a profile.
 
@@ -251,6 +260,25 @@ class LoadProfile:
                 f"0:{self.num_windows}"
             )
         return replace_windows(self, part)
+
+    def of_phase(self, phase: str) -> LoadProfile:
+        """Return the windows of one phase.
+
+        Raises
+        ------
+        InvalidInput
+            There are none, or the phase is unknown.
+        """
+        if phase not in PHASES:
+            raise unknown_name("phase", phase, PHASES)
+        mask = np.array([name == phase for name in self.phase_W])
+        if not mask.any():
+            there = ", ".join(sorted(set(self.phase_W)))
+            raise InvalidInput(
+                f"{self.source} has no {phase} windows (it has {there}); record that phase, or "
+                "leave --phase out"
+            )
+        return replace_windows(self, mask)
 
     def of_scenario(self, scenario: str) -> LoadProfile:
         """Return the windows of one scenario."""

@@ -13,8 +13,8 @@ from typing import Any
 
 from eplb.errors import InvalidInput, PlacementInvalid, unknown_name
 from eplb.model import MoEModel
-from eplb.slots import Placement
 from eplb.problem import OBJECTIVES
+from eplb.slots import Placement
 from eplb.split import check_split
 from eplb.topology import Topology
 

@@ -111,6 +111,7 @@ def _plan_of(document: Mapping[Any, Any]) -> Plan:
                 stacklevel=3,
             )
     statistic = objective.get("statistic", "mean")
+    weights = _split_weights(document, placement_rows)
     return Plan(
         model=model,
         topology=topology,
@@ -120,7 +121,7 @@ def _plan_of(document: Mapping[Any, Any]) -> Plan:
             phys_to_log_LS=np.array(list(placement_rows.values()), np.int64),
             layer_ids=tuple(layers),
             num_experts=model.num_experts,
-            split_weights_LS=_split_weights(document, placement_rows),
+            split_weights_LS=None if weights is None else np.array(weights, np.float64),
         ),
         quality=_quality(document),
         provenance=_mapping(document, "provenance", required=False),

@@ -4,7 +4,8 @@ What is minimised is the weighted mean over windows of the largest rank load. It
 above: the largest of a window's loads by their norm of power P, and the norm, which is concave in
 the sum of powers, by its tangent. That leaves a sum over ranks,
 
-    sum_r sum_w slope_w * load_rw ** P,    slope_w = weight_w / P * (sum_r load_rw ** P) ** (1/P - 1)
+    sum_r sum_w slope_w * load_rw ** P
+    slope_w = weight_w / P * (sum_r load_rw ** P) ** (1 / P - 1)
 
 so a move costs what the few ranks that it touches cost, and to go down in the sum is to go down in
 the mean of norms. Slopes are taken anew every sweep, in which also the true objective is looked at
@@ -18,8 +19,8 @@ Shape letters: W windows, E logical experts, R ranks, K slots of a rank.
 
 from __future__ import annotations
 
-from math import exp
-from typing import NamedTuple
+from math import exp, inf
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -88,7 +89,7 @@ class _Move(NamedTuple):
     """Two experts' replicas after a proposal, and the ranks that it touches."""
 
     expert: NDArray[np.int64]  # [2]; the second may be -1
-    count: NDArray[np.int64]  # [2]
+    size: NDArray[np.int64]  # [2] replicas
     holder: NDArray[np.int64]  # [2, R]
     share: FloatArray  # [2, R]
     rank: NDArray[np.int64]  # [R] ranks touched
@@ -97,7 +98,13 @@ class _Move(NamedTuple):
     seen: NDArray[np.bool_]  # [R]
 
 
-@njit(cache=True, nogil=True)
+def _inner(**options: Any) -> Any:
+    """Compile a function that compiled functions call: without what Python would call it by."""
+    compiler: Any = njit
+    return compiler(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True, **options)
+
+
+@_inner()
 def _random(state):  # type: ignore[no-untyped-def]
     """Xorshift (Marsaglia, J. Stat. Softw. 8, 2003): the next number in [0, 1)."""
     x = state[0]
@@ -108,13 +115,38 @@ def _random(state):  # type: ignore[no-untyped-def]
     return np.float64(x >> np.uint64(11)) * (1.0 / 9007199254740992.0)
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _below(state, n):  # type: ignore[no-untyped-def]
     """Return a random whole number below n."""
     return int(_random(state) * n)
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+# Loops in place of array expressions, which take numba seconds each to compile.
+@_inner()
+def _fill(target, value):  # type: ignore[no-untyped-def]
+    for i in range(len(target)):
+        target[i] = value
+
+
+@_inner()
+def _copy(target, source):  # type: ignore[no-untyped-def]
+    for i in range(len(target)):
+        target[i] = source[i]
+
+
+@_inner()
+def _copy_rows(target, source):  # type: ignore[no-untyped-def]
+    for i in range(len(target)):
+        _copy(target[i], source[i])
+
+
+@_inner(fastmath=True)
+def _add(target, factor, source):  # type: ignore[no-untyped-def]
+    for i in range(len(target)):
+        target[i] += factor * source[i]
+
+
+@_inner(fastmath=True)
 def _cost(load_W, slope_W, doublings):  # type: ignore[no-untyped-def]
     total = 0.0
     for w in range(load_W.shape[0]):
@@ -125,7 +157,7 @@ def _cost(load_W, slope_W, doublings):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@_inner(fastmath=True)
 def _cost_one(load_W, a_W, a, slope_W, doublings):  # type: ignore[no-untyped-def]
     total = 0.0
     for w in range(load_W.shape[0]):
@@ -136,7 +168,7 @@ def _cost_one(load_W, a_W, a, slope_W, doublings):  # type: ignore[no-untyped-de
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@_inner(fastmath=True)
 def _cost_two(load_W, a_W, a, b_W, b, slope_W, doublings):  # type: ignore[no-untyped-def]
     total = 0.0
     for w in range(load_W.shape[0]):
@@ -147,12 +179,13 @@ def _cost_two(load_W, a_W, a, b_W, b, slope_W, doublings):  # type: ignore[no-un
     return total
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _derive(layer, state):  # type: ignore[no-untyped-def]
     """Fill in counts, holders and places, and shares where the rule gives them."""
     num_ranks, slots_per_rank = layer.slot_RK.shape
-    state.count_E[:] = 0
-    state.place_ER[:] = -1
+    _fill(state.count_E, 0)
+    for e in range(len(state.count_E)):
+        _fill(state.place_ER[e], -1)
     for r in range(num_ranks):
         for k in range(slots_per_rank):
             e = layer.slot_RK[r, k]
@@ -170,7 +203,7 @@ def _derive(layer, state):  # type: ignore[no-untyped-def]
                 layer.share_RK[r, state.place_ER[e, r]] = share[i]
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _rule_shares(layer, num_ranks, holder, count, share):  # type: ignore[no-untyped-def]
     """Shares of an expert on ``count`` distinct ranks, as eplb.split gives them."""
     if layer.rule == EVEN or count == 1:
@@ -193,17 +226,17 @@ def _rule_shares(layer, num_ranks, holder, count, share):  # type: ignore[no-unt
         share[i] = (per_node / neighbours + distant) / num_ranks
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _sum_loads(layer, state):  # type: ignore[no-untyped-def]
-    state.load_RW[:] = 0.0
     for r in range(layer.slot_RK.shape[0]):
+        _fill(state.load_RW[r], 0.0)
         for k in range(layer.slot_RK.shape[1]):
             e = layer.slot_RK[r, k]
             if e >= 0:
-                state.load_RW[r] += layer.share_RK[r, k] * layer.load_EW[e]
+                _add(state.load_RW[r], layer.share_RK[r, k], layer.load_EW[e])
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _objective(layer, state):  # type: ignore[no-untyped-def]
     total = 0.0
     for w in range(len(layer.weight_W)):
@@ -214,7 +247,7 @@ def _objective(layer, state):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@_inner(fastmath=True)
 def _set_slopes(layer, state, doublings):  # type: ignore[no-untyped-def]
     power = 2.0**doublings
     num_ranks, num_windows = state.load_RW.shape
@@ -231,7 +264,7 @@ def _set_slopes(layer, state, doublings):  # type: ignore[no-untyped-def]
         state.cost_R[r] = _cost(state.load_RW[r], state.slope_W, doublings)
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _keep(move, which, layer, state, expert, leaves):  # type: ignore[no-untyped-def]
     """Start a proposal with an expert's present replicas, all but the one on rank ``leaves``."""
     move.expert[which] = expert
@@ -242,18 +275,18 @@ def _keep(move, which, layer, state, expert, leaves):  # type: ignore[no-untyped
             move.holder[which, n] = r
             move.share[which, n] = layer.share_RK[r, state.place_ER[expert, r]]
             n += 1
-    move.count[which] = n
+    move.size[which] = n
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _join(move, which, rank, share):  # type: ignore[no-untyped-def]
-    n = move.count[which]
+    n = move.size[which]
     move.holder[which, n] = rank
     move.share[which, n] = share
-    move.count[which] = n + 1
+    move.size[which] = n + 1
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _can_swap(place_ER, node_E, ranks_per_node, r, s, e, f):  # type: ignore[no-untyped-def]
     """Tell whether rank r may get expert f and rank s expert e; -1 is an empty slot."""
     if (e >= 0 and place_ER[e, s] >= 0) or (f >= 0 and place_ER[f, r] >= 0):
@@ -263,7 +296,7 @@ def _can_swap(place_ER, node_E, ranks_per_node, r, s, e, f):  # type: ignore[no-
     return (e < 0 or node_E[e] < 0) and (f < 0 or node_E[f] < 0)
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _propose_swap(move, layer, state, r, k, s, j):  # type: ignore[no-untyped-def]
     """Exchange slot k of rank r with slot j of rank s."""
     e, f = layer.slot_RK[r, k], layer.slot_RK[s, j]
@@ -277,12 +310,12 @@ def _propose_swap(move, layer, state, r, k, s, j):  # type: ignore[no-untyped-de
         _join(move, 1, r, layer.share_RK[s, j])
     if layer.rule == NEAREST:
         num_ranks = len(state.cost_R)
-        _rule_shares(layer, num_ranks, move.holder[0], move.count[0], move.share[0])
+        _rule_shares(layer, num_ranks, move.holder[0], move.size[0], move.share[0])
         if f >= 0:
-            _rule_shares(layer, num_ranks, move.holder[1], move.count[1], move.share[1])
+            _rule_shares(layer, num_ranks, move.holder[1], move.size[1], move.share[1])
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _propose_replace(move, layer, state, r, k, f):  # type: ignore[no-untyped-def]
     """Let slot k of rank r drop its replica for one of expert f."""
     e = layer.slot_RK[r, k]
@@ -294,30 +327,30 @@ def _propose_replace(move, layer, state, r, k, f):  # type: ignore[no-untyped-de
     _keep(move, 0, layer, state, f, -1)
     if layer.rule == WEIGHTED:
         # The new replica takes over half of a random one's part.
-        i = _below(layer.random, move.count[0])
+        i = _below(layer.random, move.size[0])
         move.share[0, i] *= 0.5
         _join(move, 0, r, move.share[0, i])
     else:
         _join(move, 0, r, 0.0)
-        _rule_shares(layer, num_ranks, move.holder[0], move.count[0], move.share[0])
+        _rule_shares(layer, num_ranks, move.holder[0], move.size[0], move.share[0])
     move.expert[1] = e
     if e >= 0:
         _keep(move, 1, layer, state, e, r)
         if layer.rule == WEIGHTED:
-            move.share[1, _below(layer.random, move.count[1])] += layer.share_RK[r, k]
+            move.share[1, _below(layer.random, move.size[1])] += layer.share_RK[r, k]
         else:
-            _rule_shares(layer, num_ranks, move.holder[1], move.count[1], move.share[1])
+            _rule_shares(layer, num_ranks, move.holder[1], move.size[1], move.share[1])
     return True
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _propose_shift(move, layer, state, r, k):  # type: ignore[no-untyped-def]
     """Divide anew what slot k of rank r and another replica of its expert receive."""
     e = layer.slot_RK[r, k]
     if e < 0 or state.count_E[e] < 2:
         return False
     _keep(move, 0, layer, state, e, r)
-    i = _below(layer.random, move.count[0])
+    i = _below(layer.random, move.size[0])
     here, there = layer.share_RK[r, k], move.share[0, i]
     # As far as the other can give, or by a little.
     change = _random(layer.random) * (here + there) - here
@@ -329,7 +362,7 @@ def _propose_shift(move, layer, state, r, k):  # type: ignore[no-untyped-def]
     return True
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _price(move, layer, state, doublings):  # type: ignore[no-untyped-def]
     """Return the change of cost and the number of ranks touched."""
     touched = 0
@@ -337,7 +370,7 @@ def _price(move, layer, state, doublings):  # type: ignore[no-untyped-def]
         e = move.expert[which]
         if e < 0:
             continue
-        for i in range(state.count_E[e] + move.count[which]):
+        for i in range(state.count_E[e] + move.size[which]):
             if i < state.count_E[e]:
                 r = state.holder_ER[e, i]
                 change = -layer.share_RK[r, state.place_ER[e, r]]
@@ -369,16 +402,16 @@ def _price(move, layer, state, doublings):  # type: ignore[no-untyped-def]
     return total, touched
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _apply(move, touched, layer, state, r, k, s, j):  # type: ignore[no-untyped-def]
     """Carry a proposal out; it leaves slot k of rank r, and slot j of rank s, to each other."""
     for i in range(touched):
         q = move.rank[i]
         a, b = move.change[0, q], move.change[1, q]
         if a != 0.0:
-            state.load_RW[q] += a * layer.load_EW[move.expert[0]]
+            _add(state.load_RW[q], a, layer.load_EW[move.expert[0]])
         if b != 0.0:
-            state.load_RW[q] += b * layer.load_EW[move.expert[1]]
+            _add(state.load_RW[q], b, layer.load_EW[move.expert[1]])
         state.cost_R[q] = move.cost[q]
     e = layer.slot_RK[r, k]
     if s >= 0:
@@ -399,14 +432,14 @@ def _apply(move, touched, layer, state, r, k, s, j):  # type: ignore[no-untyped-
         e = move.expert[which]
         if e < 0:
             continue
-        state.count_E[e] = move.count[which]
-        for i in range(move.count[which]):
+        state.count_E[e] = move.size[which]
+        for i in range(move.size[which]):
             q = move.holder[which, i]
             state.holder_ER[e, i] = q
             layer.share_RK[q, state.place_ER[e, q]] = move.share[which, i]
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _hot_rank(cost_R, random):  # type: ignore[no-untyped-def]
     """Return a random rank, half the time the costlier of two."""
     r = _below(random, len(cost_R))
@@ -416,11 +449,100 @@ def _hot_rank(cost_R, random):  # type: ignore[no-untyped-def]
     return r
 
 
+@_inner()
+def _accepts(random, change, temperature):  # type: ignore[no-untyped-def]
+    """Decide by the rule of Metropolis et al. (J. Chem. Phys. 21, 1953)."""
+    return change <= 0.0 or _random(random) < exp(-change / temperature)
+
+
+@_inner()
+def _try_replace(move, layer, state, r, f, temperature, doublings):  # type: ignore[no-untyped-def]
+    """Propose that a slot that can be given up takes a replica of expert f."""
+    num_ranks, slots_per_rank = layer.slot_RK.shape
+    k = 0
+    for _ in range(4):
+        r, k = _below(layer.random, num_ranks), _below(layer.random, slots_per_rank)
+        e = layer.slot_RK[r, k]
+        if e < 0 or state.count_E[e] > 1:
+            break
+    if _propose_replace(move, layer, state, r, k, f):
+        change, touched = _price(move, layer, state, doublings)
+        if _accepts(layer.random, change, temperature):
+            _apply(move, touched, layer, state, r, k, -1, -1)
+
+
+@_inner()
+def _try_shift(move, layer, state, r, k, temperature, doublings):  # type: ignore[no-untyped-def]
+    if _propose_shift(move, layer, state, r, k):
+        change, touched = _price(move, layer, state, doublings)
+        if _accepts(layer.random, change, temperature):
+            _apply(move, touched, layer, state, r, k, -1, -1)
+
+
+@_inner()
+def _try_swap(move, layer, state, r, k, s, j, temperature, doublings):  # type: ignore[no-untyped-def]
+    _propose_swap(move, layer, state, r, k, s, j)
+    change, touched = _price(move, layer, state, doublings)
+    if _accepts(layer.random, change, temperature):
+        _apply(move, touched, layer, state, r, k, s, j)
+
+
+@_inner()
+def _sweep(move, layer, state, temperature, doublings):  # type: ignore[no-untyped-def]
+    """Make as many proposals as there are slots.
+
+    Most of them are swaps, and most swaps are refused: these are priced right here, on arrays
+    taken out of the tuples, which cost to be handed on.
+    """
+    random, slot_RK, share_RK, load_EW = layer.random, layer.slot_RK, layer.share_RK, layer.load_EW
+    load_RW, slope_W, cost_R = state.load_RW, state.slope_W, state.cost_R
+    count_E, place_ER = state.count_E, state.place_ER
+    num_ranks, slots_per_rank = slot_RK.shape
+    for _ in range(num_ranks * slots_per_rank):
+        r, k = _hot_rank(cost_R, random), _below(random, slots_per_rank)
+        kind = _random(random)
+        if kind < _REPLACE:
+            # Of an expert at random, or one that a hot rank would like to share.
+            f = slot_RK[r, k]
+            if f < 0 or kind < 0.5 * _REPLACE:
+                f = _below(random, len(load_EW))
+            _try_replace(move, layer, state, r, f, temperature, doublings)
+            continue
+        if layer.rule == WEIGHTED and kind < _REPLACE + _SHIFT:
+            _try_shift(move, layer, state, r, k, temperature, doublings)
+            continue
+        s, j = _below(random, num_ranks), _below(random, slots_per_rank)
+        e, f = slot_RK[r, k], slot_RK[s, j]
+        if r == s or e == f:
+            continue
+        if not _can_swap(place_ER, layer.node_E, layer.ranks_per_node, r, s, e, f):
+            continue
+        if e >= 0 and f >= 0 and (layer.rule != NEAREST or (count_E[e] == 1 and count_E[f] == 1)):
+            # Shares travel along, so two ranks tell.
+            a, b = share_RK[r, k], share_RK[s, j]
+            change = (
+                _cost_two(load_RW[r], load_EW[e], -a, load_EW[f], b, slope_W, doublings)
+                + _cost_two(load_RW[s], load_EW[e], a, load_EW[f], -b, slope_W, doublings)
+                - cost_R[r]
+                - cost_R[s]
+            )
+            if _accepts(random, change, temperature):
+                _try_swap(move, layer, state, r, k, s, j, inf, doublings)
+        else:
+            _try_swap(move, layer, state, r, k, s, j, temperature, doublings)
+
+
 @njit(cache=True, nogil=True)
 def anneal(  # type: ignore[no-untyped-def]
-    layer, first_temperature, last_temperature, doublings, num_sweeps, best_slot_RK, best_share_RK,
+    layer,
+    first_temperature,
+    last_temperature,
+    doublings,
+    num_sweeps,
+    best_slot_RK,
+    best_share_RK,
     best_value,
-):  # fmt: skip
+):
     """Run sweeps of as many proposals as there are slots, from hot to cold.
 
     Parameters
@@ -440,7 +562,7 @@ def anneal(  # type: ignore[no-untyped-def]
     float
         The objective of ``best_slot_RK``.
     """
-    num_ranks, slots_per_rank = layer.slot_RK.shape
+    num_ranks = len(layer.slot_RK)
     num_experts, num_windows = layer.load_EW.shape
     state = _State(
         np.zeros(num_experts, np.int64),
@@ -460,9 +582,6 @@ def anneal(  # type: ignore[no-untyped-def]
         np.zeros(num_ranks),
         np.zeros(num_ranks, np.bool_),
     )
-    random, slot_RK, share_RK, load_EW = layer.random, layer.slot_RK, layer.share_RK, layer.load_EW
-    load_RW, slope_W, cost_R = state.load_RW, state.slope_W, state.cost_R
-    place_ER, count_E, ranks_per_node = state.place_ER, state.count_E, layer.ranks_per_node
     _derive(layer, state)
     fall = (last_temperature / first_temperature) ** (1.0 / max(num_sweeps - 1, 1))
     temperature = first_temperature
@@ -472,62 +591,10 @@ def anneal(  # type: ignore[no-untyped-def]
         value = _objective(layer, state)
         if value < best_value:
             best_value = value
-            best_slot_RK[:] = layer.slot_RK
-            best_share_RK[:] = layer.share_RK
-        if sweep == num_sweeps:
-            break
-        _set_slopes(layer, state, doublings)
-        for _ in range(num_ranks * slots_per_rank):
-            r, s, k, j = _hot_rank(cost_R, random), -1, 0, -1
-            kind = _random(random)
-            if kind < _REPLACE:
-                # A slot that can be given up, if a few tries find one; for an expert at random or
-                # one that a hot rank would like to share.
-                f = slot_RK[r, _below(random, slots_per_rank)]
-                if f < 0 or kind < 0.5 * _REPLACE:
-                    f = _below(random, num_experts)
-                for _ in range(4):
-                    r, k = _below(random, num_ranks), _below(random, slots_per_rank)
-                    e = slot_RK[r, k]
-                    if e < 0 or count_E[e] > 1:
-                        break
-                proposed = _propose_replace(move, layer, state, r, k, f)
-            elif layer.rule == WEIGHTED and kind < _REPLACE + _SHIFT:
-                k = _below(random, slots_per_rank)
-                proposed = _propose_shift(move, layer, state, r, k)
-            else:
-                s, k, j = (
-                    _below(random, num_ranks),
-                    _below(random, slots_per_rank),
-                    _below(random, slots_per_rank),
-                )
-                e, f = slot_RK[r, k], slot_RK[s, j]
-                if r == s or e == f or not _can_swap(
-                    place_ER, layer.node_E, ranks_per_node, r, s, e, f
-                ):
-                    continue
-                # Most swaps are refused: where shares travel along, two ranks tell.
-                if e >= 0 and f >= 0 and (
-                    layer.rule != NEAREST or (count_E[e] == 1 and count_E[f] == 1)
-                ):
-                    a, b = share_RK[r, k], share_RK[s, j]
-                    change = (
-                        _cost_two(load_RW[r], load_EW[e], -a, load_EW[f], b, slope_W, doublings)
-                        + _cost_two(load_RW[s], load_EW[e], a, load_EW[f], -b, slope_W, doublings)
-                        - cost_R[r] - cost_R[s]
-                    )  # fmt: skip
-                    if change > 0.0 and _random(random) >= exp(-change / temperature):
-                        continue
-                    _propose_swap(move, layer, state, r, k, s, j)
-                    change, touched = _price(move, layer, state, doublings)
-                    _apply(move, touched, layer, state, r, k, s, j)
-                    continue
-                proposed = True
-                _propose_swap(move, layer, state, r, k, s, j)
-            if not proposed:
-                continue
-            change, touched = _price(move, layer, state, doublings)
-            if change <= 0.0 or _random(random) < exp(-change / temperature):
-                _apply(move, touched, layer, state, r, k, s, j)
-        temperature *= fall
+            _copy_rows(best_slot_RK, layer.slot_RK)
+            _copy_rows(best_share_RK, layer.share_RK)
+        if sweep < num_sweeps:
+            _set_slopes(layer, state, doublings)
+            _sweep(move, layer, state, temperature, doublings)
+            temperature *= fall
     return best_value

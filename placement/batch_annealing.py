@@ -15,7 +15,6 @@ with several replicas).
 
 from __future__ import annotations
 
-from math import exp
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +22,28 @@ from numba import njit
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
-from eplb.placement.annealing import _below, _cost, _random
+from eplb.placement.annealing import (
+    _accepts,
+    _add,
+    _below,
+    _can_swap,
+    _copy,
+    _copy_rows,
+    _cost,
+    _fill,
+    _inner,
+    _random,
+)
 
 __all__ = ["anneal_batch"]
 
+_NOTHING, SWAP, REPLACE, EXCHANGE = 0, 1, 2, 3
+# Of the proposals, those that change replica counts, and those in which two experts change all
+# their places.
 _REPLACE, _EXCHANGE = 0.2, 0.2
-# Sweeps of relaxation before a proposal is priced, and how far each step overshoots.
-_RELAX_SWEEPS, _OVERSHOOT = 2, 1.3
+# Sweeps of relaxation before a proposal is priced, and before the objective is looked at; how far
+# each step but the last overshoots.
+_RELAX_SWEEPS, _SETTLE_SWEEPS, _OVERSHOOT = 2, 8, 1.3
 
 
 class _State(NamedTuple):
@@ -44,13 +58,22 @@ class _State(NamedTuple):
     slope_W: FloatArray
 
 
-@njit(cache=True, nogil=True)
+class _Saved(NamedTuple):
+    """What is needed to take a proposal back."""
+
+    row_ER: NDArray[np.int64]  # [2, 3, R] two experts' rows of the tables above
+    number: NDArray[np.int64]  # [3] their counts, and the number of free rows
+    free_X: NDArray[np.int64]
+
+
+@_inner()
 def _derive(layer, state):  # type: ignore[no-untyped-def]
     """Fill in the state, with even splits."""
     num_ranks, slots_per_rank = layer.slot_RK.shape
-    state.count_E[:] = 0
-    state.place_ER[:] = -1
-    state.part_ER[:] = -1
+    _fill(state.count_E, 0)
+    for e in range(len(state.count_E)):
+        _fill(state.place_ER[e], -1)
+        _fill(state.part_ER[e], -1)
     for r in range(num_ranks):
         for k in range(slots_per_rank):
             e = layer.slot_RK[r, k]
@@ -62,7 +85,8 @@ def _derive(layer, state):  # type: ignore[no-untyped-def]
     for x in range(num_parts):
         state.free_X[x] = num_parts - 1 - x
     state.num_free[0] = num_parts
-    state.load_RW[0] = 0.0
+    for r in range(num_ranks):
+        _fill(state.load_RW[0, r], 0.0)
     for e in range(len(state.count_E)):
         n = state.count_E[e]
         for i in range(n):
@@ -70,25 +94,24 @@ def _derive(layer, state):  # type: ignore[no-untyped-def]
             if n > 1:
                 x = _take(state)
                 state.part_ER[e, r] = x
-                state.part_XW[0, x] = layer.load_EW[e] / n
-                state.load_RW[0, r] += state.part_XW[0, x]
-            else:
-                state.load_RW[0, r] += layer.load_EW[e]
+                _fill(state.part_XW[0, x], 0.0)
+                _add(state.part_XW[0, x], 1.0 / n, layer.load_EW[e])
+            _add(state.load_RW[0, r], 1.0 / n, layer.load_EW[e])
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _take(state):  # type: ignore[no-untyped-def]
     state.num_free[0] -= 1
     return state.free_X[state.num_free[0]]
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _give(state, x):  # type: ignore[no-untyped-def]
     state.free_X[state.num_free[0]] = x
     state.num_free[0] += 1
 
 
-@njit(cache=True, nogil=True, fastmath=True)
+@_inner(fastmath=True)
 def _flow(load_a_W, load_b_W, part_a_W, part_b_W, step):  # type: ignore[no-untyped-def]
     """Let load flow between two replicas' ranks."""
     for w in range(len(load_a_W)):
@@ -100,7 +123,7 @@ def _flow(load_a_W, load_b_W, part_a_W, part_b_W, step):  # type: ignore[no-unty
         part_b_W[w] += flow
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _relax_expert(state, buffer, e, step):  # type: ignore[no-untyped-def]
     n = state.count_E[e]
     load_RW, part_XW = state.load_RW[buffer], state.part_XW[buffer]
@@ -110,7 +133,7 @@ def _relax_expert(state, buffer, e, step):  # type: ignore[no-untyped-def]
         _flow(load_RW[a], load_RW[b], part_XW[x], part_XW[y], step)
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _relax(state, buffer, num_sweeps, overshoot):  # type: ignore[no-untyped-def]
     for sweep in range(num_sweeps):
         step = 0.5 if sweep == num_sweeps - 1 else 0.5 * overshoot
@@ -119,7 +142,7 @@ def _relax(state, buffer, num_sweeps, overshoot):  # type: ignore[no-untyped-def
                 _relax_expert(state, buffer, e, step)
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _value(layer, load_RW):  # type: ignore[no-untyped-def]
     total = 0.0
     for w in range(len(layer.weight_W)):
@@ -130,15 +153,7 @@ def _value(layer, load_RW):  # type: ignore[no-untyped-def]
     return total
 
 
-@njit(cache=True, nogil=True)
-def _total_cost(load_RW, slope_W, doublings):  # type: ignore[no-untyped-def]
-    total = 0.0
-    for r in range(load_RW.shape[0]):
-        total += _cost(load_RW[r], slope_W, doublings)
-    return total
-
-
-@njit(cache=True, nogil=True, fastmath=True)
+@_inner(fastmath=True)
 def _set_slopes(layer, state, doublings):  # type: ignore[no-untyped-def]
     power = 2.0**doublings
     load_RW = state.load_RW[0]
@@ -152,16 +167,16 @@ def _set_slopes(layer, state, doublings):  # type: ignore[no-untyped-def]
         state.slope_W[w] = layer.weight_W[w] / power * total ** (1.0 / power - 1.0)
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _move_replica(layer, state, e, r, s):  # type: ignore[no-untyped-def]
     """Take a replica with its part from rank r to rank s, in the proposed loads."""
     x = state.part_ER[e, r]
     if x >= 0:
-        state.load_RW[1, r] -= state.part_XW[1, x]
-        state.load_RW[1, s] += state.part_XW[1, x]
+        _add(state.load_RW[1, r], -1.0, state.part_XW[1, x])
+        _add(state.load_RW[1, s], 1.0, state.part_XW[1, x])
     else:
-        state.load_RW[1, r] -= layer.load_EW[e]
-        state.load_RW[1, s] += layer.load_EW[e]
+        _add(state.load_RW[1, r], -1.0, layer.load_EW[e])
+        _add(state.load_RW[1, s], 1.0, layer.load_EW[e])
     state.part_ER[e, s] = x
     state.part_ER[e, r] = -1
     for i in range(state.count_E[e]):
@@ -169,7 +184,7 @@ def _move_replica(layer, state, e, r, s):  # type: ignore[no-untyped-def]
             state.holder_ER[e, i] = s
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _swap(layer, state, r, k, s, j):  # type: ignore[no-untyped-def]
     e, f = layer.slot_RK[r, k], layer.slot_RK[s, j]
     layer.slot_RK[r, k], layer.slot_RK[s, j] = f, e
@@ -181,7 +196,7 @@ def _swap(layer, state, r, k, s, j):  # type: ignore[no-untyped-def]
         state.place_ER[f, s], state.place_ER[f, r] = -1, k
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _drop(layer, state, e, r):  # type: ignore[no-untyped-def]
     """Take the replica on rank r away; the others receive its part, in equal pieces."""
     x = state.part_ER[e, r]
@@ -193,36 +208,36 @@ def _drop(layer, state, e, r):  # type: ignore[no-untyped-def]
             state.holder_ER[e, at] = q
             at += 1
             y = state.part_ER[e, q]
-            state.load_RW[1, q] += state.part_XW[1, x] / n
-            state.part_XW[1, y] += state.part_XW[1, x] / n
+            _add(state.load_RW[1, q], 1.0 / n, state.part_XW[1, x])
+            _add(state.part_XW[1, y], 1.0 / n, state.part_XW[1, x])
             if n == 1:
                 state.part_ER[e, q] = -1
                 _give(state, y)
-    state.load_RW[1, r] -= state.part_XW[1, x]
+    _add(state.load_RW[1, r], -1.0, state.part_XW[1, x])
     state.part_ER[e, r] = -1
     state.place_ER[e, r] = -1
     state.count_E[e] = n
     _give(state, x)
 
 
-@njit(cache=True, nogil=True)
-def _add(layer, state, f, r, k):  # type: ignore[no-untyped-def]
+@_inner()
+def _place(layer, state, f, r, k):  # type: ignore[no-untyped-def]
     """Put a replica that receives nothing yet into slot k of rank r."""
     n = state.count_E[f]
     if n == 1:
         y = _take(state)
         state.part_ER[f, state.holder_ER[f, 0]] = y
-        state.part_XW[1, y] = layer.load_EW[f]
+        _copy(state.part_XW[1, y], layer.load_EW[f])
     x = _take(state)
     state.part_ER[f, r] = x
-    state.part_XW[1, x] = 0.0
+    _fill(state.part_XW[1, x], 0.0)
     state.holder_ER[f, n] = r
     state.place_ER[f, r] = k
     state.count_E[f] = n + 1
     layer.slot_RK[r, k] = f
 
 
-@njit(cache=True, nogil=True)
+@_inner()
 def _exchange(layer, state, e, f):  # type: ignore[no-untyped-def]
     """Let two experts take each other's slots, and divide as the other did."""
     for g, h in ((e, f), (f, e)):
@@ -231,7 +246,8 @@ def _exchange(layer, state, e, f):  # type: ignore[no-untyped-def]
             x = state.part_ER[g, r]
             layer.slot_RK[r, state.place_ER[g, r]] = h
             if x < 0:
-                state.load_RW[1, r] += layer.load_EW[h] - layer.load_EW[g]
+                _add(state.load_RW[1, r], 1.0, layer.load_EW[h])
+                _add(state.load_RW[1, r], -1.0, layer.load_EW[g])
             else:
                 for w in range(layer.load_EW.shape[1]):
                     old = state.part_XW[1, x, w]
@@ -245,13 +261,141 @@ def _exchange(layer, state, e, f):  # type: ignore[no-untyped-def]
     state.count_E[e], state.count_E[f] = state.count_E[f], state.count_E[e]
 
 
+@_inner()
+def _choose(layer, state, cost_R, fixed):  # type: ignore[no-untyped-def]
+    """Return what kind of proposal is made, of which slots, and the experts it concerns."""
+    num_ranks, slots_per_rank = layer.slot_RK.shape
+    random, slot_RK = layer.random, layer.slot_RK
+    r, k = _below(random, num_ranks), _below(random, slots_per_rank)
+    s, j = _below(random, num_ranks), _below(random, slots_per_rank)
+    if cost_R[s] > cost_R[r]:
+        r, s = s, r
+    e, f = slot_RK[r, k], slot_RK[s, j]
+    kind = _random(random)
+    if kind < _EXCHANGE:
+        if min(e, f) < 0 or e == f or (state.count_E[e] == 1 and state.count_E[f] == 1):
+            return _NOTHING, r, k, s, j, e, f
+        if layer.node_E[e] != layer.node_E[f]:
+            return _NOTHING, r, k, s, j, e, f
+        return EXCHANGE, r, k, s, j, e, f
+    if kind < _EXCHANGE + _REPLACE and not fixed:
+        f = e
+        if f < 0 or kind < _EXCHANGE + 0.5 * _REPLACE:
+            f = _below(random, len(layer.load_EW))
+        for _ in range(4):
+            r, k = _below(random, num_ranks), _below(random, slots_per_rank)
+            e = slot_RK[r, k]
+            if e < 0 or state.count_E[e] > 1:
+                break
+        allowed = e != f and state.place_ER[f, r] < 0 and (e < 0 or state.count_E[e] > 1)
+        if layer.node_E[f] >= 0 and layer.node_E[f] != r // layer.ranks_per_node:
+            allowed = False
+        return (REPLACE if allowed else _NOTHING), r, k, s, j, e, f
+    allowed = r != s and e != f
+    if fixed and ((e >= 0 and state.count_E[e] > 1) or (f >= 0 and state.count_E[f] > 1)):
+        allowed = False
+    if not _can_swap(state.place_ER, layer.node_E, layer.ranks_per_node, r, s, e, f):
+        allowed = False
+    return (SWAP if allowed else _NOTHING), r, k, s, j, e, f
+
+
+@_inner()
+def _remember(state, saved, e, f):  # type: ignore[no-untyped-def]
+    """Keep what a proposal about two experts may change, besides loads, parts and slots."""
+    for which, g in ((0, e), (1, f)):
+        if g >= 0:
+            _copy(saved.row_ER[which, 0], state.holder_ER[g])
+            _copy(saved.row_ER[which, 1], state.place_ER[g])
+            _copy(saved.row_ER[which, 2], state.part_ER[g])
+            saved.number[which] = state.count_E[g]
+    saved.number[2] = state.num_free[0]
+    _copy(saved.free_X, state.free_X)
+
+
+@_inner()
+def _undo(layer, state, saved, kind, r, k, s, j, e, f):  # type: ignore[no-untyped-def]
+    if kind == REPLACE:
+        layer.slot_RK[r, k] = e
+    elif kind == SWAP:
+        layer.slot_RK[r, k], layer.slot_RK[s, j] = e, f
+    for which, g in ((0, e), (1, f)):
+        if g >= 0:
+            _copy(state.holder_ER[g], saved.row_ER[which, 0])
+            _copy(state.place_ER[g], saved.row_ER[which, 1])
+            _copy(state.part_ER[g], saved.row_ER[which, 2])
+            state.count_E[g] = saved.number[which]
+            if kind == EXCHANGE:
+                for i in range(state.count_E[g]):
+                    q = state.holder_ER[g, i]
+                    layer.slot_RK[q, state.place_ER[g, q]] = g
+    state.num_free[0] = saved.number[2]
+    _copy(state.free_X, saved.free_X)
+
+
+@_inner()
+def _propose(layer, state, kind, r, k, s, j, e, f):  # type: ignore[no-untyped-def]
+    """Change the slots, and the proposed loads from the current ones, and relax these."""
+    _copy_rows(state.load_RW[1], state.load_RW[0])
+    _copy_rows(state.part_XW[1], state.part_XW[0])
+    if kind == EXCHANGE:
+        _exchange(layer, state, e, f)
+    elif kind == REPLACE:
+        if e >= 0:
+            _drop(layer, state, e, r)
+        _place(layer, state, f, r, k)
+    else:
+        _swap(layer, state, r, k, s, j)
+    for g in (f, e):
+        if g >= 0 and state.count_E[g] > 1:
+            _relax_expert(state, 1, g, 0.5)
+    _relax(state, 1, _RELAX_SWEEPS, _OVERSHOOT)
+
+
+@_inner()
+def _sweep(layer, state, saved, temperature, doublings, fixed):  # type: ignore[no-untyped-def]
+    """Make as many proposals as there are slots."""
+    num_ranks, slots_per_rank = layer.slot_RK.shape
+    cost_R = np.zeros(num_ranks)
+    cost = 0.0
+    for r in range(num_ranks):
+        cost_R[r] = _cost(state.load_RW[0, r], state.slope_W, doublings)
+        cost += cost_R[r]
+    for _ in range(num_ranks * slots_per_rank):
+        kind, r, k, s, j, e, f = _choose(layer, state, cost_R, fixed)
+        if kind == _NOTHING:
+            continue
+        _remember(state, saved, e, f)
+        _propose(layer, state, kind, r, k, s, j, e, f)
+        new_cost = 0.0
+        for q in range(num_ranks):
+            new_cost += _cost(state.load_RW[1, q], state.slope_W, doublings)
+        if _accepts(layer.random, new_cost - cost, temperature):
+            _copy_rows(state.load_RW[0], state.load_RW[1])
+            _copy_rows(state.part_XW[0], state.part_XW[1])
+            cost = new_cost
+        else:
+            _undo(layer, state, saved, kind, r, k, s, j, e, f)
+
+
 @njit(cache=True, nogil=True)
 def anneal_batch(  # type: ignore[no-untyped-def]
-    layer, first_temperature, last_temperature, doublings, num_sweeps, best_slot_RK, best_value, fixed=False
+    layer,
+    first_temperature,
+    last_temperature,
+    doublings,
+    num_sweeps,
+    best_slot_RK,
+    best_value,
+    fixed,
 ):
     """Run sweeps of as many proposals as there are slots, from hot to cold.
 
-    Takes what :func:`eplb.placement.annealing.anneal` takes; shares are not used.
+    Takes what :func:`eplb.placement.annealing.anneal` takes, but for shares, which are not used.
+
+    Parameters
+    ----------
+    fixed : bool
+        Keep which slots share an expert: only experts move.
 
     Returns
     -------
@@ -260,127 +404,32 @@ def anneal_batch(  # type: ignore[no-untyped-def]
     """
     num_ranks, slots_per_rank = layer.slot_RK.shape
     num_experts, num_windows = layer.load_EW.shape
-    num_extra = max(num_ranks * slots_per_rank - num_experts, 0)
+    num_parts = 2 * max(num_ranks * slots_per_rank - num_experts, 0) + 2
     state = _State(
         np.zeros(num_experts, np.int64),
         np.zeros((num_experts, num_ranks), np.int64),
         np.zeros((num_experts, num_ranks), np.int64),
         np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros(2 * num_extra + 2, np.int64),
+        np.zeros(num_parts, np.int64),
         np.zeros(1, np.int64),
-        np.zeros((2, 2 * num_extra + 2, num_windows)),
+        np.zeros((2, num_parts, num_windows)),
         np.zeros((2, num_ranks, num_windows)),
         np.zeros(num_windows),
     )
-    random, slot_RK = layer.random, layer.slot_RK
+    saved = _Saved(
+        np.zeros((2, 3, num_ranks), np.int64), np.zeros(3, np.int64), np.zeros(num_parts, np.int64)
+    )
     _derive(layer, state)
-    saved_ER = np.zeros((6, num_ranks), np.int64)
-    saved_free_X = np.zeros_like(state.free_X)
-    rank_cost_R = np.zeros(num_ranks)
     fall = (last_temperature / first_temperature) ** (1.0 / max(num_sweeps - 1, 1))
     temperature = first_temperature
     for sweep in range(num_sweeps + 1):
-        _relax(state, 0, 8, _OVERSHOOT)
+        _relax(state, 0, _SETTLE_SWEEPS, _OVERSHOOT)
         value = _value(layer, state.load_RW[0])
         if value < best_value:
             best_value = value
-            best_slot_RK[:] = slot_RK
-        if sweep == num_sweeps:
-            break
-        _set_slopes(layer, state, doublings)
-        for r in range(num_ranks):
-            rank_cost_R[r] = _cost(state.load_RW[0, r], state.slope_W, doublings)
-        cost = _total_cost(state.load_RW[0], state.slope_W, doublings)
-        for _ in range(num_ranks * slots_per_rank):
-            r, k = _below(random, num_ranks), _below(random, slots_per_rank)
-            s, j = _below(random, num_ranks), _below(random, slots_per_rank)
-            if rank_cost_R[s] > rank_cost_R[r]:
-                r, s = s, r
-            kind = _random(random)
-            replace = kind < _REPLACE and not fixed
-            exchange = not replace and kind < _REPLACE + _EXCHANGE
-            if exchange:
-                e, f = slot_RK[r, k], slot_RK[s, j]
-                if e < 0 or f < 0 or e == f or (state.count_E[e] == 1 and state.count_E[f] == 1):
-                    continue
-            elif replace:
-                f = slot_RK[s, j]
-                if _random(random) < 0.5:
-                    f = _below(random, num_experts)
-                for _ in range(4):
-                    r, k = _below(random, num_ranks), _below(random, slots_per_rank)
-                    e = slot_RK[r, k]
-                    if e < 0 or state.count_E[e] > 1:
-                        break
-                if f < 0 or e == f or state.place_ER[f, r] >= 0:
-                    continue
-                if e >= 0 and state.count_E[e] < 2:
-                    continue
-                if layer.node_E[f] >= 0 and layer.node_E[f] != r // layer.ranks_per_node:
-                    continue
-            else:
-                e, f = slot_RK[r, k], slot_RK[s, j]
-                if r == s or e == f:
-                    continue
-                if fixed and (state.count_E[e]>1 or state.count_E[f]>1): continue
-                if (e >= 0 and state.place_ER[e, s] >= 0) or (f >= 0 and state.place_ER[f, r] >= 0):
-                    continue
-                if r // layer.ranks_per_node != s // layer.ranks_per_node and (
-                    (e >= 0 and layer.node_E[e] >= 0) or (f >= 0 and layer.node_E[f] >= 0)
-                ):
-                    continue
-            count_e, count_f = (state.count_E[e] if e >= 0 else 0), (
-                state.count_E[f] if f >= 0 else 0
-            )
-            for which, g in ((0, e), (1, f)):
-                if g >= 0:
-                    saved_ER[3 * which] = state.holder_ER[g]
-                    saved_ER[3 * which + 1] = state.place_ER[g]
-                    saved_ER[3 * which + 2] = state.part_ER[g]
-            num_free = state.num_free[0]
-            saved_free_X[:] = state.free_X
-            state.load_RW[1] = state.load_RW[0]
-            state.part_XW[1] = state.part_XW[0]
-            if replace:
-                if e >= 0:
-                    _drop(layer, state, e, r)
-                _add(layer, state, f, r, k)
-            elif exchange:
-                _exchange(layer, state, e, f)
-            else:
-                _swap(layer, state, r, k, s, j)
-            if f >= 0 and state.count_E[f] > 1:
-                _relax_expert(state, 1, f, 0.5)
-            if e >= 0 and state.count_E[e] > 1:
-                _relax_expert(state, 1, e, 0.5)
-            _relax(state, 1, _RELAX_SWEEPS, _OVERSHOOT)
-            new_cost = _total_cost(state.load_RW[1], state.slope_W, doublings)
-            change = new_cost - cost
-            if change <= 0.0 or _random(random) < exp(-change / temperature):
-                state.load_RW[0] = state.load_RW[1]
-                state.part_XW[0] = state.part_XW[1]
-                cost = new_cost
-                continue
-            if replace:
-                slot_RK[r, k] = e
-            elif exchange:
-                for g, h in ((e, f), (f, e)):
-                    for i in range(state.count_E[g]):
-                        q = state.holder_ER[g, i]
-                        slot_RK[q, state.place_ER[g, q]] = -2 - h
-                for q in range(num_ranks):
-                    for i in range(slots_per_rank):
-                        if slot_RK[q, i] < -1:
-                            slot_RK[q, i] = -2 - slot_RK[q, i]
-            else:
-                slot_RK[r, k], slot_RK[s, j] = e, f
-            for which, g, count in ((0, e, count_e), (1, f, count_f)):
-                if g >= 0:
-                    state.holder_ER[g] = saved_ER[3 * which]
-                    state.place_ER[g] = saved_ER[3 * which + 1]
-                    state.part_ER[g] = saved_ER[3 * which + 2]
-                    state.count_E[g] = count
-            state.num_free[0] = num_free
-            state.free_X[:] = saved_free_X
-        temperature *= fall
+            _copy_rows(best_slot_RK, layer.slot_RK)
+        if sweep < num_sweeps:
+            _set_slopes(layer, state, doublings)
+            _sweep(layer, state, saved, temperature, doublings, fixed)
+            temperature *= fall
     return best_value

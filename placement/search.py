@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +122,7 @@ class _Budget:
 
 def search(
     problem: Problem,
-    start_LS: IntArray,
+    starts: Sequence[IntArray],
     *,
     start_weights_LS: FloatArray | None = None,
     seed: int = 0,
@@ -135,10 +135,11 @@ def search(
     Parameters
     ----------
     problem : Problem
-    start_LS : array of int64
-        A placement that keeps the problem's constraints, with replicas on distinct ranks.
+    starts : sequence of int64 arrays [L, S]
+        Placements that keep the problem's constraints, with replicas on distinct ranks; each layer
+        starts from the best for it.
     start_weights_LS : array of float64, optional
-        Its fractions; even ones are meant without.
+        Fractions of the only start; even ones are meant without.
     seed : int
         The same seed and number of sweeps give the same bytes.
     sweeps : int
@@ -155,8 +156,17 @@ def search(
     windows = fit_windows(
         problem.profile, num_ranks, extend=extend and problem.statistic == "mean", seed=seed
     )
-    layers = _Layers(problem, start_LS, start_weights_LS, windows.load_WLE, seed)
-    start = list(layers.layouts)
+    candidates = [
+        [
+            _layout(row_S, None if start_weights_LS is None else start_weights_LS[row], problem)
+            for row, row_S in enumerate(start_LS)
+        ]
+        for start_LS in starts
+    ]
+    start = candidates[0]
+    for candidate in candidates[1:]:
+        start = _better_layers(problem.split, recorded_WLE, start, candidate)
+    layers = _Layers(problem, start, windows.load_WLE, seed)
     remaining = None if deadline is None else max(deadline - time.perf_counter(), 0.0)
     budget = layers.budget(sweeps, remaining)
     if problem.statistic == "mean":
@@ -183,7 +193,7 @@ def search(
 def warm_up(split: str) -> None:
     """Compile the inner loops, or read them from numba's cache."""
     layer = _layer_arguments(
-        np.ones((2, 1)), np.ones(1), np.full(2, -1), np.zeros(1, np.uint64), split, 1
+        np.ones((2, 1)), np.ones(1), np.full(2, -1), np.ones(1, np.uint64), split, 1
     )
     layout = _Layout(slot_RK=np.array([[0, 1], [1, 0]]), share_RK=np.full((2, 2), 0.5))
     _run(layer, layout, split, 1e-3, 1e-3, 1, 1, layout, np.inf, fixed=False)
@@ -204,21 +214,20 @@ class _Layers:
     def __init__(
         self,
         problem: Problem,
-        start_LS: IntArray,
-        start_weights_LS: FloatArray | None,
+        start: list[_Layout],
         load_WLE: FloatArray,
         seed: int,
     ) -> None:
         self.problem = problem
         self.load_LEW = np.ascontiguousarray(load_WLE.transpose(1, 2, 0))
-        self.layouts = [
-            _layout(row_S, None if start_weights_LS is None else start_weights_LS[row], problem)
-            for row, row_S in enumerate(start_LS)
-        ]
-        self.node_LE = [_nodes(problem, layout) for layout in self.layouts]
-        # A stream of random numbers for each layer, whichever thread works on it.
-        self.random_L = np.random.SeedSequence(seed).generate_state(len(start_LS), np.uint64)
-        self.num_threads = min(len(os.sched_getaffinity(0)), len(start_LS))
+        self.layouts = start
+        self.node_LE = [_nodes(problem, layout) for layout in start]
+        # A stream of random numbers for each layer, whichever thread works on it; xorshift stands
+        # still at 0.
+        self.random_L = np.random.SeedSequence(seed % 2**64).generate_state(
+            len(start), np.uint64
+        ) | np.uint64(1)
+        self.num_threads = min(len(os.sched_getaffinity(0)), len(start))
 
     def budget(self, sweeps: int, seconds: float | None) -> _Budget:
         """Return the budget of one layer."""
@@ -285,7 +294,7 @@ def _layer_arguments(
     split: str,
     ranks_per_node: int,
 ) -> Layer:
-    # Slots and shares are filled in by each run; xorshift stands still at 0.
+    # Slots and shares are filled in by each run.
     nothing = np.zeros((1, 1))
     return Layer(
         load_EW=load_EW,
@@ -295,7 +304,7 @@ def _layer_arguments(
         share_RK=nothing,
         rule=RULES[split],
         ranks_per_node=ranks_per_node,
-        random=random | np.uint64(1),
+        random=random,
     )
 
 
@@ -385,9 +394,7 @@ def _ratios(load_WLE: FloatArray, layouts: list[_Layout], split: str) -> FloatAr
     return ratio_WL
 
 
-def _couple(
-    layers: _Layers, weight_WL: FloatArray, statistic: str, budget: _Budget
-) -> FloatArray:
+def _couple(layers: _Layers, weight_WL: FloatArray, statistic: str, budget: _Budget) -> FloatArray:
     """Move weight to the windows that cost most, and search again; keeps the best layouts.
 
     The costliest of weighted means over the weights that the statistic allows (all of the weight
@@ -403,7 +410,11 @@ def _couple(
         cost_W = np.nanmean(layers.ratio_WL(), axis=1)
         value = float(cost_W.max()) if statistic == "worst" else tail_mean(cost_W)
         if value < best_value:
-            best_value, best, best_weight_WL = value, layers.layouts, window_W[:, None] * layer_part_WL
+            best_value, best, best_weight_WL = (
+                value,
+                layers.layouts,
+                window_W[:, None] * layer_part_WL,
+            )
         if step == _ROUNDS:
             break
         spread = max(float(cost_W.max() - cost_W.mean()), 1e-9)
@@ -429,14 +440,26 @@ def _capped(weight_W: FloatArray, cap: float) -> FloatArray:
     return weight_W
 
 
+def _better_layers(
+    split: str, load_WLE: FloatArray, ours: list[_Layout], theirs: list[_Layout]
+) -> list[_Layout]:
+    """Return of each layer the layout whose imbalance is lower in the mean; ours if equal."""
+    mean_L, other_L = (
+        np.nanmean(_ratios(load_WLE, side, split), axis=0) for side in (ours, theirs)
+    )
+    better_L = mean_L <= other_L
+    return [a if better else b for a, b, better in zip(ours, theirs, better_L, strict=True)]
+
+
 def _not_worse(
     problem: Problem, recorded_WLE: FloatArray, start: list[_Layout], found: list[_Layout]
 ) -> list[_Layout]:
     """Return the layouts found, or the start's where these are better on the recorded windows."""
-    start_WL, found_WL = (_ratios(recorded_WLE, side, problem.split) for side in (start, found))
     if problem.statistic == "mean":
-        better_L = np.nanmean(found_WL, axis=0) <= np.nanmean(start_WL, axis=0)
-        return [b if better else a for a, b, better in zip(start, found, better_L, strict=True)]
+        return _better_layers(problem.split, recorded_WLE, found, start)
     statistic = np.max if problem.statistic == "worst" else tail_mean
-    before, after = (float(statistic(np.nanmean(x, axis=1))) for x in (start_WL, found_WL))
+    before, after = (
+        float(statistic(np.nanmean(_ratios(recorded_WLE, side, problem.split), axis=1)))
+        for side in (start, found)
+    )
     return found if after <= before else start

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from eplb.arrays import FloatArray, IntArray
-from eplb.errors import InfeasibleProblem, InvalidInput, PlacementInvalid, unknown_name
+from eplb.errors import InvalidInput, PlacementInvalid, unknown_name
 from eplb.metrics import Balance, evaluate
-from eplb.placement.bound import layer_bounds
+from eplb.placement.bound import layer_bounds, load_bound
+from eplb.placement.fractions import best_fractions
 from eplb.placement.greedy import place_greedy
+from eplb.placement.windows import scaled_windows
 from eplb.problem import Problem, Solution
 from eplb.slots import Placement
+
+if TYPE_CHECKING:
+    from eplb.placement.exact import ExactLayer
 
 __all__ = ["SOLVERS", "Answer", "Effort", "Solver", "solve"]
 
@@ -24,6 +32,8 @@ OPTIMAL_GAP = 1e-9
 # Greedy placements that a search may start from: of mean loads, of the largest of all windows, and
 # between. A plan for loads that differ much has to have replicas of all that get hot.
 START_BLENDS = (0.0, 0.5, 1.0)
+# Time of `exact` without a limit, and the part of it that goes into the placement to start from.
+EXACT_LIMIT_S, EXACT_SEARCH_PART = 60.0, 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +160,21 @@ def statistic_bound(problem: Problem, weight_WL: FloatArray | None, bound_mean: 
     Both are at least any weighted mean over windows with weights that they allow, and a weighted
     mean at least the sum of its layers' bounds.
     """
-    raise NotImplementedError
+    if weight_WL is None:
+        return bound_mean
+    topology = problem.topology
+    load_WLE = scaled_windows(problem.profile, topology.num_ranks)
+    weight_L = weight_WL.sum(axis=0)
+    used_L = weight_L > 0
+    # The bound of a mixture of windows holds for their mean: the largest load is convex.
+    mixture_LE = np.einsum("wle,wl->le", load_WLE, weight_WL)[used_L]
+    bound_L = load_bound(
+        mixture_LE,
+        num_ranks=topology.num_ranks,
+        slots_per_rank=topology.slots_per_rank,
+        even=problem.split == "even",
+    )
+    return max(bound_mean, float(bound_L @ weight_L[used_L] / weight_L.sum()))
 
 
 def _placement(problem: Problem, phys_to_log_LS: IntArray) -> Placement:
@@ -187,3 +211,136 @@ def _greedy(problem: Problem, effort: Effort) -> Answer:
     if problem.split == "weighted":
         placement = _with_fractions(problem, placement)
     return Answer(placement=placement)
+
+
+def _with_fractions(problem: Problem, placement: Placement) -> Placement:
+    """Return a placement with the fractions that are best for its mean load."""
+    load_LE = problem.profile.mean_load_LE()
+    num_ranks = problem.topology.num_ranks
+    fractions = [
+        best_fractions(
+            load_E[np.newaxis] * (num_ranks / load_E.sum()), np.ones(1), row_S, num_ranks
+        )[0]
+        for load_E, row_S in zip(load_LE, placement.phys_to_log_LS, strict=True)
+    ]
+    return replace(placement, split_weights_LS=np.stack(fractions))
+
+
+def _search(problem: Problem, effort: Effort) -> Answer:
+    """Annealing over all windows (:mod:`eplb.placement.search`), from greedy or a given plan."""
+    # Numba takes a second to import, and not every command searches.
+    from eplb.placement.search import DEFAULT_SWEEPS, search  # noqa: PLC0415
+
+    deadline = time.perf_counter() + (effort.time_limit_s or 0.0)
+    weights = None
+    if effort.start is not None:
+        starts = [_start_slots(problem, effort.start)]
+        weights = effort.start.split_weights_LS
+        if weights is not None:
+            weights = weights[effort.start.rows(problem.profile.layer_ids)]
+    else:
+        blends = START_BLENDS if problem.profile.num_windows > 1 else START_BLENDS[:1]
+        starts = [_greedy_slots(problem, blend) for blend in blends]
+    found = search(
+        problem,
+        starts,
+        start_weights_LS=weights if problem.split == "weighted" else None,
+        seed=effort.seed,
+        sweeps=DEFAULT_SWEEPS if effort.sweeps is None else effort.sweeps,
+        time_limit_s=(
+            None if effort.time_limit_s is None else max(deadline - time.perf_counter(), 0.0)
+        ),
+        extend=effort.extend,
+    )
+    return Answer(
+        placement=replace(
+            _placement(problem, found.phys_to_log_LS), split_weights_LS=found.split_weights_LS
+        ),
+        stop_reason=found.stop_reason,
+        weight_WL=found.weight_WL,
+        notes=found.notes,
+    )
+
+
+def _start_slots(problem: Problem, start: Placement) -> IntArray:
+    """Return the slots of a placement to start from, if it fits."""
+    topology, model = problem.topology, problem.model
+    if (start.num_slots, start.num_experts) != (topology.num_slots, model.num_experts):
+        raise PlacementInvalid(
+            f"the plan to start from has {start.num_slots} slots for {start.num_experts} experts, "
+            f"and this one {topology.num_slots} for {model.num_experts}; leave --previous out, or "
+            "plan for its model and topology"
+        )
+    slots_LS = start.of_layers(problem.profile.layer_ids)
+    by_rank = np.sort(slots_LS.reshape(len(slots_LS), topology.num_ranks, -1), axis=2)
+    if ((by_rank[:, :, 1:] == by_rank[:, :, :-1]) & (by_rank[:, :, 1:] >= 0)).any():
+        raise PlacementInvalid(
+            "the plan to start from has replicas of an expert on one rank, which search does not "
+            "keep; leave --previous out"
+        )
+    if problem.groups_in_nodes:
+        node_S = np.arange(topology.num_slots) // (topology.num_slots // topology.num_nodes)
+        group_LS = slots_LS // (model.num_experts // model.num_groups)
+        for group in range(model.num_groups):
+            on = [set(node_S[row == group].tolist()) for row in group_LS]
+            if any(len(nodes) > 1 for nodes in on):
+                raise PlacementInvalid(
+                    f"the plan to start from has group {group} on several nodes; leave "
+                    "--hierarchical or --previous out"
+                )
+    return slots_LS
+
+
+def _exact(problem: Problem, effort: Effort) -> Answer:
+    """Every layer to a proven optimum as far as the time goes (:mod:`eplb.placement.exact`)."""
+    from eplb.placement.exact import solve_layer  # noqa: PLC0415
+
+    if problem.statistic != "mean":
+        raise InvalidInput(
+            f"--solver exact minimises the mean over windows and not {problem.statistic}, which "
+            "couples layers; use --solver search"
+        )
+    if problem.groups_in_nodes:
+        raise InvalidInput("--solver exact knows no groups; use --solver search or greedy")
+    limit_s = EXACT_LIMIT_S if effort.time_limit_s is None else effort.time_limit_s
+    begin = time.perf_counter()
+    searched = _search(
+        problem, replace(effort, time_limit_s=EXACT_SEARCH_PART * limit_s, extend=False)
+    )
+    load_WLE = scaled_windows(problem.profile, problem.topology.num_ranks)
+    num_threads = len(os.sched_getaffinity(0))
+    rows = range(problem.profile.num_layers)
+    done = count()
+
+    def one(row: int) -> ExactLayer:
+        left = len(rows) - next(done)
+        remaining_s = limit_s - (time.perf_counter() - begin)
+        loaded_W = load_WLE[:, row].any(axis=1)
+        return solve_layer(
+            load_WLE[loaded_W, row],
+            np.full(np.count_nonzero(loaded_W), 1.0 / np.count_nonzero(loaded_W)),
+            topology=problem.topology,
+            split=problem.split,
+            start_S=searched.placement.phys_to_log_LS[row],
+            time_limit_s=max(remaining_s * min(num_threads / left, 1.0), 0.1),
+            seed=effort.seed,
+        )
+
+    with ThreadPoolExecutor(min(num_threads, len(rows))) as threads:
+        layers = list(threads.map(one, rows))
+    fractions = None
+    if problem.split == "weighted":
+        fractions = np.stack([x.fraction_S for x in layers if x.fraction_S is not None])
+    proven = sum(layer.proven for layer in layers)
+    return Answer(
+        placement=replace(
+            _placement(problem, np.stack([layer.phys_to_log_S for layer in layers])),
+            split_weights_LS=fractions,
+        ),
+        stop_reason="proven" if proven == len(layers) else "time_limit",
+        bound_L=np.array([layer.bound for layer in layers]),
+        notes={"layers_proven": proven},
+    )
+
+
+SOLVERS: dict[str, Solver] = {"greedy": _greedy, "search": _search, "exact": _exact}

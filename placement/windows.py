@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.random import Generator
+from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray, IntArray
 from eplb.load_profile import LoadProfile
@@ -69,9 +70,9 @@ def scaled_windows(profile: LoadProfile, num_ranks: int) -> FloatArray:
 
 def window_weights(load_WLE: FloatArray) -> FloatArray:
     """Return the weights under which the sum of imbalances is ``imbalance_mean``, [W, L]."""
-    loaded_WL = load_WLE.any(axis=2)
-    weights: FloatArray = loaded_WL / np.count_nonzero(loaded_WL)
-    return weights
+    loaded_WL: NDArray[np.bool_] = load_WLE.any(axis=2)
+    weight_WL: FloatArray = np.divide(loaded_WL, loaded_WL.sum())
+    return weight_WL
 
 
 def fit_windows(profile: LoadProfile, num_ranks: int, *, extend: bool, seed: int) -> FitWindows:
@@ -178,9 +179,7 @@ def _mixes(load_WLE: FloatArray, num_ranks: int, random: Generator) -> FloatArra
     mixes = []
     for number in range(NUM_FACTORIZATIONS):
         first = None if number == 0 else int(random.integers(num_windows))
-        part_WF = _factorize(
-            load_WLE[:, shown].reshape(num_windows, -1), num_factors, first=first
-        )
+        part_WF = _factorize(load_WLE[:, shown].reshape(num_windows, -1), num_factors, first=first)
         factor_FX = _factor_loads(flat_WX, part_WF)
         factor_FLE = _scaled(factor_FX.reshape(num_factors, num_layers, num_experts), num_ranks)
         concentration = CONCENTRATIONS[number % len(CONCENTRATIONS)]
@@ -234,7 +233,6 @@ def _quotient(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -
 
 def _updated(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -> FloatArray:
     total_F1 = np.maximum(part_WF.sum(axis=0), 1e-12)[:, np.newaxis]
-    updated: FloatArray = (
-        factor_FX * (part_WF.T @ _quotient(load_WX, part_WF, factor_FX)) / total_F1
-    )
+    updated: FloatArray = np.multiply(factor_FX, part_WF.T @ _quotient(load_WX, part_WF, factor_FX))
+    updated /= total_F1
     return updated

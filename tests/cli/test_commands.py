@@ -13,6 +13,7 @@ FIGURES = {
     "imbalance_p95",
     "imbalance_worst",
     "imbalance_worst_layer",
+    "imbalance_cvar",
     "balancedness",
     "max_receive_rows_mean",
     "max_receive_rows_worst",
