@@ -25,13 +25,17 @@ from numpy.typing import NDArray
 from eplb.arrays import FloatArray
 from eplb.problem import Problem
 
-__all__ = ["layer_bounds", "load_bound"]
+__all__ = ["layer_bounds", "load_bound", "weighted_bounds"]
 
 # Values are compared with this relative slack, always in favour of "T can be reached".
 _SLACK = 1e-9
 _PRECISION = 1e-4
 _THRESHOLDS = np.linspace(0.04, 0.5, 12)
 _PRICES = np.linspace(0.0, 1.0, 6)
+# Windows up to which each has its own search for a bound; more of them take the quick part only.
+_SEARCHED_WINDOWS = 16
+# And up to which the prices of pairs are searched (about 10 ms a window and layer).
+_PAIRED_WINDOWS = 4
 
 
 def layer_bounds(problem: Problem, imbalance_L: FloatArray) -> FloatArray:
@@ -73,6 +77,91 @@ def layer_bounds(problem: Problem, imbalance_L: FloatArray) -> FloatArray:
     return best_L
 
 
+def weighted_bounds(
+    load_WLE: FloatArray,
+    weight_W: FloatArray,
+    *,
+    num_ranks: int,
+    slots_per_rank: int,
+    split: str,
+    reached_L: FloatArray | None = None,
+) -> FloatArray:
+    """Return a lower bound on each layer's weighted mean of the largest rank load, shape [L].
+
+    Parameters
+    ----------
+    load_WLE : array of float64
+        Non-negative, in the unit of the result (each window scaled to its mean rank load, as a
+        rule). Windows without load are allowed.
+    weight_W : array of float64
+        Non-negative weights of the windows.
+    num_ranks, slots_per_rank : int
+    split : str
+        Any rule. Under ``even`` all of :func:`load_bound` holds; under others what it says of
+        uneven splits: a rank takes at most T of an expert whatever the rule, so the mean, the
+        hottest expert and the slots count, and what fits beside a replica does not.
+    reached_L : array of float64, optional
+        Objective of a placement: the bound is at most that.
+
+    Notes
+    -----
+    One placement serves all windows, so the weighted mean of their largest loads is at least the
+    largest of the weighted mean load (maxima are convex), and at least the weighted mean of what
+    is a bound for each window alone: the larger of the two.
+    """
+    num_windows = len(load_WLE)
+    mean_LE = np.tensordot(weight_W, load_WLE, axes=1)
+    shape = {"num_ranks": num_ranks, "slots_per_rank": slots_per_rank}
+    even = split == "even"
+    best_L = _bounds_in_unit(
+        mean_LE, even=even, paired=num_windows <= _PAIRED_WINDOWS, reached_X=reached_L, **shape
+    )
+    if num_windows > 1:
+        load_XE = load_WLE.reshape(-1, load_WLE.shape[2])
+        if num_windows <= _SEARCHED_WINDOWS:
+            paired = num_windows <= _PAIRED_WINDOWS
+            own_X = _bounds_in_unit(load_XE, even=even, paired=paired, **shape)
+        else:
+            most = _max_replicas(load_WLE.shape[2], num_ranks, num_ranks * slots_per_rank)
+            own_X = np.maximum(load_XE.sum(axis=1) / num_ranks, load_XE.max(axis=1) / most)
+        best_L = np.maximum(best_L, weight_W @ own_X.reshape(num_windows, -1))
+    return best_L if reached_L is None else np.minimum(best_L, reached_L)
+
+
+def _bounds_in_unit(
+    load_XE: FloatArray,
+    *,
+    num_ranks: int,
+    slots_per_rank: int,
+    even: bool,
+    paired: bool,
+    reached_X: FloatArray | None = None,
+) -> FloatArray:
+    """Return bounds on the largest rank load of each row, 0 for rows without load, shape [X]."""
+    bound_X = np.zeros(len(load_XE))
+    used = load_XE.any(axis=1)
+    if not used.any():
+        return bound_X
+    mean_X = load_XE[used].sum(axis=1) / num_ranks
+    relative_X = load_bound(
+        load_XE[used],
+        num_ranks=num_ranks,
+        slots_per_rank=slots_per_rank,
+        even=even,
+        reached_L=None if reached_X is None else reached_X[used] / mean_X,
+    )
+    if even and paired and slots_per_rank == 2:
+        # Numba takes a second to import, and only pairs need it.
+        from eplb.placement.pair_bound import pair_bounds  # noqa: PLC0415
+
+        high_X = relative_X * 1.5 if reached_X is None else reached_X[used] / mean_X
+        relative_X = pair_bounds(
+            load_XE[used] / mean_X[:, np.newaxis], num_ranks, relative_X, high_X
+        )
+    bound_X[used] = relative_X * mean_X
+    return bound_X
+
+
 def load_bound(
     load_LE: FloatArray,
     *,
@@ -89,8 +178,9 @@ def load_bound(
         Non-negative, each layer with some load.
     num_ranks, slots_per_rank : int
     even : bool
-        Replicas of an expert carry equal parts. Without it only the mean load and the hottest
-        expert over as many ranks as it can have replicas count.
+        Replicas of an expert carry equal parts. Without it only the mean load, the hottest
+        expert over as many ranks as it can have replicas, and the slots that experts of more than
+        T need count.
     reached_L : array of float64, optional
         Imbalance of a placement: no bound is looked for above it.
 
@@ -104,13 +194,12 @@ def load_bound(
     load_LE = load_LE / scale_L
     load_LE = load_LE * (num_ranks / load_LE.sum(axis=1, keepdims=True))
     low_L: FloatArray = np.maximum(1.0, load_LE.max(axis=1) / max_replicas)
-    if not even:
-        return low_L
+    prices = _PRICES if even else _PRICES[-1:]
     high_L = low_L * 4 if reached_L is None else np.maximum(reached_L, low_L)
     active = np.flatnonzero(high_L > low_L * (1 + _PRECISION))
     target = low_L[active] * (1 + _PRECISION)
     while len(active):
-        refuted = _out_of_reach(load_LE[active], target, num_ranks, slots_per_rank)
+        refuted = _out_of_reach(load_LE[active], target, num_ranks, slots_per_rank, prices)
         low_L[active[refuted]] = target[refuted]
         high_L[active[~refuted]] = target[~refuted]
         active = active[high_L[active] > low_L[active] * (1 + _PRECISION)]
@@ -124,14 +213,19 @@ def _max_replicas(num_experts: int, num_ranks: int, num_slots: int) -> int:
 
 
 def _out_of_reach(
-    load_LE: FloatArray, target_L: FloatArray, num_ranks: int, slots_per_rank: int
+    load_LE: FloatArray,
+    target_L: FloatArray,
+    num_ranks: int,
+    slots_per_rank: int,
+    prices: FloatArray,
 ) -> NDArray[np.bool_]:
     """Return for which layers no placement can have all rank loads at or below the target."""
     target_L1 = target_L[:, np.newaxis]
     limit = num_ranks * (1 + _SLACK)
     least_LE = np.maximum(np.ceil(load_LE / target_L1 * (1 - _SLACK)), 1.0)
     refuted_L = np.zeros(len(load_LE), bool)
-    for threshold in _THRESHOLDS:
+    # The price of a slot alone asks for no threshold.
+    for threshold in _THRESHOLDS if len(prices) > 1 else _THRESHOLDS[-1:]:
         small_L1 = threshold * target_L1
         large_L1 = target_L1 - small_L1
         # The fewest replicas, the fewest that are not large, the fewest that are small: between
@@ -140,7 +234,7 @@ def _out_of_reach(
         many_LE = np.maximum(least_LE, np.floor(load_LE / small_L1 * (1 - _SLACK)) + 1)
         is_large_LE = load_LE > least_LE * large_L1 * (1 + _SLACK)
         is_middle_LE = load_LE >= middle_LE * small_L1 * (1 + _SLACK)
-        for price in _PRICES / slots_per_rank:
+        for price in prices / slots_per_rank:
             blend = 1 - slots_per_rank * price
             if slots_per_rank == 2:
                 middle_value = middle_LE / 2

@@ -17,7 +17,7 @@ import numpy as np
 from eplb.arrays import FloatArray, IntArray
 from eplb.batch_split import batch_max_load
 from eplb.errors import InfeasibleProblem, unknown_name
-from eplb.placement.bound import load_bound
+from eplb.placement.bound import weighted_bounds
 from eplb.placement.exact_shares import place_by_shares
 from eplb.placement.exact_splits import place_by_cuts, place_by_fractions
 from eplb.placement.fractions import best_fractions, fraction_objective
@@ -108,11 +108,22 @@ def solve_layer(
             f"{topology.num_slots} slots cannot hold {num_experts} experts; use more slots a rank"
         )
     end_s = None if time_limit_s is None else time.perf_counter() + time_limit_s
+    if split == "nearest" and topology.num_nodes == 1:
+        split = "even"
     load_WE = np.ascontiguousarray(load_WE, np.float64)
     if start_S is None:
         start_S = _greedy_row(load_WE, weight_W, topology)
     best_S, best = start_S, _objective(load_WE, weight_W, start_S, topology, split)
-    low = _first_bound(load_WE, weight_W, topology, split, best)
+    low = float(
+        weighted_bounds(
+            load_WE[:, np.newaxis],
+            weight_W,
+            num_ranks=topology.num_ranks,
+            slots_per_rank=topology.slots_per_rank,
+            split=split,
+            reached_L=np.array([best]),
+        )[0]
+    )
     if low < best * (1 - PROOF_GAP):
         rows, bound = _search(
             load_WE, weight_W, topology, split, best_S, best, low, end_s, seed, workers
@@ -217,22 +228,3 @@ def _objective(
         return best_fractions(load_WE, weight_W, row_S, topology.num_ranks)[1]
     share_S = slot_share(row_S[np.newaxis], load_WE.shape[1], topology, split)[0]
     return fraction_objective(load_WE, weight_W, row_S, share_S, topology.num_ranks)
-
-
-def _first_bound(
-    load_WE: FloatArray, weight_W: FloatArray, topology: Topology, split: str, reached: float
-) -> float:
-    """Return what is known without a search: the bound of the mean load, and each window's own."""
-    mean_LE = (weight_W @ load_WE)[np.newaxis]
-    load_XE = np.concatenate([mean_LE, load_WE])
-    used = load_XE.any(axis=1)
-    mean_X = load_XE.sum(axis=1) / topology.num_ranks
-    bound_X = np.zeros(len(load_XE))
-    bound_X[used] = mean_X[used] * load_bound(
-        load_XE[used],
-        num_ranks=topology.num_ranks,
-        slots_per_rank=topology.slots_per_rank,
-        even=split == "even",
-        reached_L=np.full(int(used.sum()), max(1.0, 4 * reached / max(mean_X[0], 1e-300))),
-    )
-    return float(max(bound_X[0], weight_W @ bound_X[1:]))

@@ -10,7 +10,7 @@ from strategies import loads
 import eplb
 from eplb.load_profile import LoadProfile
 from eplb.model import MoEModel
-from eplb.placement.bound import load_bound
+from eplb.placement.bound import load_bound, weighted_bounds
 from eplb.placement.greedy import place_greedy
 from eplb.problem import Problem
 from eplb.topology import Topology
@@ -77,7 +77,7 @@ def test_flashlb_example_is_not_bounded_above_its_optimum():
     assert 181.25 <= bound <= 196.67
 
 
-def test_without_even_split_only_mean_and_hottest_count():
+def test_without_even_split_mean_hottest_and_slots_count():
     load_LE = np.array([FLASHLB_EXAMPLE])
     bound_L = load_bound(load_LE, num_ranks=8, slots_per_rank=2, even=False)
     assert bound_L[0] == pytest.approx(1.0)
@@ -97,3 +97,30 @@ def test_bound_of_many_windows_holds(split, counts):
     )
     assert 1 <= solution.bound <= solution.objective
     assert solution.gap == pytest.approx(solution.objective / solution.bound - 1)
+
+
+def test_without_even_split_experts_above_the_target_need_slots():
+    # Four slots, two experts of 2 and one of 0.1: below 2 both of the two need a second slot, and
+    # there is one left; the mean rank load alone is 1.025.
+    load_LE = np.array([[2.0, 2.0, 0.1]])
+    bound_L = load_bound(load_LE, num_ranks=4, slots_per_rank=1, even=False)
+    assert bound_L[0] * 4.1 / 4 == pytest.approx(2.0, rel=1e-3)
+
+
+def test_windows_that_differ_are_bounded_by_their_own_hottest_expert():
+    # In each window another expert has everything: their mean is flat, each window is not.
+    load_WLE = np.eye(4)[:, np.newaxis] * 4
+    bound_L = weighted_bounds(
+        load_WLE, np.full(4, 0.25), num_ranks=4, slots_per_rank=1, split="batch"
+    )
+    assert bound_L[0] == pytest.approx(4.0)
+
+
+def test_windows_and_layers_without_load_are_bounded_by_nothing():
+    load_WLE = np.ones((3, 2, 6))
+    load_WLE[1] = 0
+    load_WLE[:, 1] = 0
+    bound_L = weighted_bounds(
+        load_WLE, np.array([0.5, 0.25, 0.25]), num_ranks=3, slots_per_rank=2, split="even"
+    )
+    np.testing.assert_allclose(bound_L, [0.75 * 2, 0])
