@@ -18,7 +18,7 @@ from eplb.arrays import FloatArray, IntArray
 from eplb.batch_split import batch_max_load
 from eplb.errors import InfeasibleProblem, unknown_name
 from eplb.placement.bound import weighted_bounds
-from eplb.placement.exact_shares import place_by_shares
+from eplb.placement.exact_shares import num_variables, place_by_shares
 from eplb.placement.exact_splits import place_by_cuts, place_by_fractions
 from eplb.placement.fractions import best_fractions, fraction_objective
 from eplb.placement.greedy import place_greedy
@@ -34,6 +34,9 @@ EXACT_RULES = ("even", "nearest", "weighted", "batch")
 # Objective and bound that differ by less are equal: the integer programmes round loads at a
 # quarter of this, HiGHS stops at a tenth of it.
 PROOF_GAP = 1e-6
+# Variables of the largest integer programme that is tried: building half a million takes seconds
+# and solving it hours.
+_LARGEST_MODEL = 500_000
 # Ranks up to which all cuts of the ranks (2^R) are written down.
 _CUT_RANKS = 8
 
@@ -53,7 +56,8 @@ class ExactLayer:
     proven : bool
         The objective is the bound, up to 1e-6 of it.
     stop_reason : str
-        ``finished`` or ``time_limit``.
+        ``finished``, ``time_limit``, or ``too_large``: an integer programme of this size is not
+        tried, the placement is the start (or that of pairs), the bound the quick one.
     """
 
     phys_to_log_S: IntArray
@@ -124,8 +128,9 @@ def solve_layer(
             reached_L=np.array([best]),
         )[0]
     )
+    stop_reason = "finished"
     if low < best * (1 - PROOF_GAP):
-        rows, bound = _search(
+        rows, bound, stop_reason = _search(
             load_WE, weight_W, topology, split, best_S, best, low, end_s, seed, workers
         )
         low = max(low, bound)
@@ -145,7 +150,7 @@ def solve_layer(
         objective=best,
         bound=low,
         proven=proven,
-        stop_reason="finished" if proven else "time_limit",
+        stop_reason="finished" if proven else stop_reason,
     )
 
 
@@ -160,41 +165,46 @@ def _search(
     end_s: float | None,
     seed: int,
     workers: int,
-) -> tuple[list[IntArray], float]:
-    """Return placements worth scoring, and a bound."""
+) -> tuple[list[IntArray], float, str]:
+    """Return placements worth scoring, a bound, and why an optimum may not be proven."""
 
     def left_s() -> float | None:
         return None if end_s is None else max(0.01, end_s - time.perf_counter())
 
-    if split == "weighted":
-        return place_by_fractions(load_WE, weight_W, topology, left_s(), per_window=False)
-    if split == "batch" and topology.num_ranks > _CUT_RANKS:
-        return place_by_fractions(load_WE, weight_W, topology, left_s(), per_window=True)
-    if split == "batch":
-        return place_by_cuts(
-            load_WE, weight_W, topology, start_S, start, low, left_s(), seed=seed, workers=workers
-        )
-    rows = []
-    if split == "even" and topology.slots_per_rank == 2 and len(load_WE) == 1:
-        scale = float(weight_W[0])
+    num_windows, num_experts = load_WE.shape
+    stop_reason = "time_limit"
+    rows: list[IntArray] = []
+    if split == "even" and topology.slots_per_rank == 2 and num_windows == 1:
+        unit = float(weight_W[0])
         pairs = solve_pairs(
-            load_WE[0],
-            topology.num_ranks,
-            low=low / scale,
-            time_limit_s=left_s(),
-            seed=seed,
+            load_WE[0], topology.num_ranks, low=low / unit, time_limit_s=left_s(), seed=seed
         )
         rows.append(pairs.phys_to_log_S)
-        low = max(low, pairs.bound * scale)
-        if low >= min(start, pairs.objective * scale) * (1 - PROOF_GAP):
-            return rows, low
-        start = min(start, pairs.objective * scale)
-    # Under even split the nodes do not count: all ranks are one.
+        low = max(low, pairs.bound * unit)
+        start = min(start, pairs.objective * unit)
+        if low >= start * (1 - PROOF_GAP):
+            return rows, low, stop_reason
+    # Under other rules than nearest the nodes do not count: all ranks are one node.
     flat = topology if split == "nearest" else _one_node(topology)
-    found, bound = place_by_shares(
-        load_WE, weight_W, flat, start_S, start, low, left_s(), seed=seed, workers=workers
-    )
-    return rows + found, max(low, bound)
+    by_cuts = split == "batch" and topology.num_ranks <= _CUT_RANKS
+    if split in ("even", "nearest"):
+        size = num_variables(flat, num_experts)
+    elif by_cuts:
+        size = num_experts << topology.num_ranks
+    else:
+        size = num_experts * topology.num_ranks * (1 + (num_windows if split == "batch" else 1))
+    if size > _LARGEST_MODEL:
+        return rows, low, "too_large"
+    if split in ("even", "nearest") or by_cuts:
+        place = place_by_cuts if by_cuts else place_by_shares
+        found, bound = place(
+            load_WE, weight_W, flat, start_S, start, low, left_s(), seed=seed, workers=workers
+        )
+    else:
+        found, bound = place_by_fractions(
+            load_WE, weight_W, flat, left_s(), per_window=split == "batch"
+        )
+    return rows + found, max(low, bound), stop_reason
 
 
 def _one_node(topology: Topology) -> Topology:

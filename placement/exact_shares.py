@@ -9,6 +9,7 @@ Shape letters: W windows, E logical experts, S slots, R ranks, M ranks of a node
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from eplb.arrays import FloatArray, IntArray
 from eplb.placement.exact_model import LayerModel
 from eplb.topology import Topology
 
-__all__ = ["place_by_shares"]
+__all__ = ["num_variables", "place_by_shares"]
 
 
 def place_by_shares(
@@ -47,6 +48,7 @@ def place_by_shares(
     time_limit_s, seed, workers
         As for :func:`eplb.placement.exact.solve_layer`.
     """
+    end_s = None if time_limit_s is None else time.perf_counter() + time_limit_s
     layer = LayerModel(load_WE, weight_W, topology, start_S, start, low)
     num_ranks, per_node = topology.num_ranks, topology.ranks_per_node
     mean_W = load_WE.sum(axis=1) / num_ranks
@@ -58,7 +60,16 @@ def place_by_shares(
             if weight_W @ np.maximum(load_WE[:, expert] * share, mean_W) <= start * (1 + 1e-9):
                 shares[h, m, a] = share
         _add_expert(layer, expert, shares)
-    return layer.solve(time_limit_s, seed=seed, workers=workers)
+        if end_s is not None and time.perf_counter() > end_s:
+            # Building takes time as well.
+            return [], low
+    left_s = None if end_s is None else max(0.01, end_s - time.perf_counter())
+    return layer.solve(left_s, seed=seed, workers=workers)
+
+
+def num_variables(topology: Topology, num_experts: int) -> int:
+    """Return how many variables put experts on ranks, before any is ruled out."""
+    return sum(1 for _ in _classes(topology, num_experts)) * num_experts * topology.num_ranks
 
 
 def _classes(topology: Topology, num_experts: int) -> Iterator[tuple[int, int, int]]:

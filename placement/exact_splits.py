@@ -68,7 +68,9 @@ def place_by_cuts(
                     for load, inside in zip(load_E, inside_E, strict=True)
                     if load > 0
                 ]
-                model.add(sum(terms) <= size * largest)
+                # The largest load is whole: what is left of the division is let off, or the bound
+                # would be rounded up.
+                model.add(sum(terms) <= size * largest + (size - 1))
     return layer.solve(time_limit_s, seed=seed, workers=workers)
 
 
