@@ -19,6 +19,8 @@ Shape letters: W windows, L layers, E experts, R ranks, K slots of a rank.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -111,16 +113,18 @@ def weighted_bounds(
     """
     num_windows = len(load_WLE)
     mean_LE = np.tensordot(weight_W, load_WLE, axes=1)
-    shape = {"num_ranks": num_ranks, "slots_per_rank": slots_per_rank}
-    even = split == "even"
-    best_L = _bounds_in_unit(
-        mean_LE, even=even, paired=num_windows <= _PAIRED_WINDOWS, reached_X=reached_L, **shape
+    bounds = partial(
+        _bounds_in_unit,
+        num_ranks=num_ranks,
+        slots_per_rank=slots_per_rank,
+        even=split == "even",
+        paired=num_windows <= _PAIRED_WINDOWS,
     )
+    best_L = bounds(mean_LE, reached_X=reached_L)
     if num_windows > 1:
         load_XE = load_WLE.reshape(-1, load_WLE.shape[2])
         if num_windows <= _SEARCHED_WINDOWS:
-            paired = num_windows <= _PAIRED_WINDOWS
-            own_X = _bounds_in_unit(load_XE, even=even, paired=paired, **shape)
+            own_X = bounds(load_XE)
         else:
             most = _max_replicas(load_WLE.shape[2], num_ranks, num_ranks * slots_per_rank)
             own_X = np.maximum(load_XE.sum(axis=1) / num_ranks, load_XE.max(axis=1) / most)

@@ -186,7 +186,8 @@ def _search(
             return rows, low, stop_reason
     # Under other rules than nearest the nodes do not count: all ranks are one node.
     flat = topology if split == "nearest" else _one_node(topology)
-    by_cuts = split == "batch" and topology.num_ranks <= _CUT_RANKS
+    # With one window batch is weighted, which has the stronger relaxation.
+    by_cuts = split == "batch" and num_windows > 1 and topology.num_ranks <= _CUT_RANKS
     if split in ("even", "nearest"):
         size = num_variables(flat, num_experts)
     elif by_cuts:
