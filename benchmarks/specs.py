@@ -17,6 +17,7 @@ from eplb.load_profile import LoadProfile
 from eplb.model import MoEModel
 from eplb.placement.bound import layer_bounds
 from eplb.placement.greedy import place_greedy
+from eplb.placement.windows import scaled_windows, window_weights
 from eplb.plan import Plan, Quality
 from eplb.problem import Problem
 from eplb.topology import Topology
@@ -46,7 +47,16 @@ def lower_bound(size: str, severity: str) -> Callable[[], Any]:
     problem = _problem(size, severity, windows=1)
     balance = eplb.solve(problem).balance
     imbalance_L = np.array([layer.imbalance_mean for layer in balance.by_layer.values()])
-    return lambda: layer_bounds(problem, imbalance_L)
+    load_WLE = scaled_windows(problem.profile, problem.topology.num_ranks)
+    return lambda: layer_bounds(
+        load_WLE,
+        window_weights(load_WLE) * problem.profile.num_layers,
+        num_ranks=problem.topology.num_ranks,
+        slots_per_rank=problem.topology.slots_per_rank,
+        split="even",
+        reached_L=imbalance_L,
+        pairs=False,
+    )
 
 
 @register(size=("ep32", "ep144"), severity=("skewed",))

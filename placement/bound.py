@@ -25,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
-from eplb.problem import Problem
 
 __all__ = ["layer_bounds", "load_bound", "weighted_bounds"]
 
@@ -40,43 +39,45 @@ _SEARCHED_WINDOWS = 16
 _PAIRED_WINDOWS = 4
 
 
-def layer_bounds(problem: Problem, imbalance_L: FloatArray) -> FloatArray:
-    """Return a lower bound on each layer's ``imbalance_mean``, shape [L].
+def layer_bounds(
+    load_WLE: FloatArray,
+    weight_WL: FloatArray,
+    *,
+    num_ranks: int,
+    slots_per_rank: int,
+    split: str,
+    reached_L: FloatArray,
+    pairs: bool = True,
+) -> FloatArray:
+    """Return :func:`weighted_bounds` where layers weigh windows each in its own way, shape [L].
 
-    It holds for every placement on the topology's slots, with or without the problem's policy
-    and wherever the replicas of an expert lie.
+    It holds for every placement on the topology's slots, with or without policies, and wherever
+    the replicas of an expert lie.
 
     Parameters
     ----------
-    problem : Problem
-    imbalance_L : array of float64
-        What was reached, which ends the search where it is met.
+    load_WLE, num_ranks, slots_per_rank, split, pairs
+        As there.
+    weight_WL : array of float64
+        Non-negative.
+    reached_L : array of float64
+        The weighted means that were reached, which end the search where they are met.
     """
-    counts_WLE = problem.profile.counts_WLE
-    # One placement serves all windows, so the mean of its largest loads is at least the largest
-    # of its mean loads: the bound for the mean load holds.
-    bound_L = load_bound(
-        problem.profile.mean_load_LE(),
-        num_ranks=problem.topology.num_ranks,
-        slots_per_rank=problem.topology.slots_per_rank,
-        even=problem.split == "even",
-        reached_L=imbalance_L,
-    )
-    if len(counts_WLE) == 1:
-        return bound_L
-    # And each window's own bound holds for it.
-    max_replicas = _max_replicas(problem.model.num_experts, problem.topology.num_ranks,
-                                 problem.topology.num_slots)  # fmt: skip
-    total_WL = counts_WLE.sum(axis=2)
-    hottest_WL = np.divide(
-        counts_WLE.max(axis=2) * (problem.topology.num_ranks / max_replicas),
-        total_WL,
-        out=np.full(total_WL.shape, np.nan),
-        where=total_WL > 0,
-    )
-    window_L = np.nanmean(np.fmax(hottest_WL, total_WL * 0 + 1), axis=0)
-    best_L: FloatArray = np.maximum(bound_L, window_L)
-    return best_L
+    bound_L = np.zeros(load_WLE.shape[1])
+    # As a rule all layers have load in all windows, and weigh alike.
+    patterns, of_layer = np.unique(weight_WL, axis=1, return_inverse=True)
+    for number, weight_W in enumerate(patterns.T):
+        layers = np.flatnonzero(of_layer.reshape(-1) == number)
+        bound_L[layers] = weighted_bounds(
+            load_WLE[:, layers],
+            weight_W,
+            num_ranks=num_ranks,
+            slots_per_rank=slots_per_rank,
+            split=split,
+            reached_L=reached_L[layers],
+            pairs=pairs,
+        )
+    return bound_L
 
 
 def weighted_bounds(
@@ -87,6 +88,7 @@ def weighted_bounds(
     slots_per_rank: int,
     split: str,
     reached_L: FloatArray | None = None,
+    pairs: bool = True,
 ) -> FloatArray:
     """Return a lower bound on each layer's weighted mean of the largest rank load, shape [L].
 
@@ -104,6 +106,8 @@ def weighted_bounds(
         hottest expert and the slots count, and what fits beside a replica does not.
     reached_L : array of float64, optional
         Objective of a placement: the bound is at most that.
+    pairs : bool
+        With two slots a rank, search the prices of pairs as well. Costs numba's compiler once.
 
     Notes
     -----
@@ -118,7 +122,7 @@ def weighted_bounds(
         num_ranks=num_ranks,
         slots_per_rank=slots_per_rank,
         even=split == "even",
-        paired=num_windows <= _PAIRED_WINDOWS,
+        paired=pairs and num_windows <= _PAIRED_WINDOWS,
     )
     best_L = bounds(mean_LE, reached_X=reached_L)
     if num_windows > 1:

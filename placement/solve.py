@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,10 +16,10 @@ import numpy as np
 from eplb.arrays import FloatArray, IntArray
 from eplb.errors import InvalidInput, PlacementInvalid, unknown_name
 from eplb.metrics import Balance, evaluate
-from eplb.placement.bound import layer_bounds, load_bound
+from eplb.placement.bound import layer_bounds
 from eplb.placement.fractions import best_fractions
 from eplb.placement.greedy import place_greedy
-from eplb.placement.windows import scaled_windows
+from eplb.placement.windows import scaled_windows, window_weights
 from eplb.problem import Problem, Solution
 from eplb.slots import Placement
 
@@ -116,17 +117,30 @@ def solve(problem: Problem, solver: str = "greedy", effort: Effort | None = None
     time_s = time.perf_counter() - start
     balance = evaluate(problem.profile, answer.placement, problem.topology, problem.split)
     imbalance_L = np.array([layer.imbalance_mean for layer in balance.by_layer.values()])
-    bound_L = layer_bounds(problem, imbalance_L)
+    load_WLE = scaled_windows(problem.profile, problem.topology.num_ranks)
+    weight_WL = window_weights(load_WLE)
+    # The bound of pairs takes a compiler, which greedy does without.
+    bounds = partial(
+        layer_bounds,
+        load_WLE,
+        num_ranks=problem.topology.num_ranks,
+        slots_per_rank=problem.topology.slots_per_rank,
+        split=problem.split,
+        pairs=solver != "greedy",
+    )
+    weight_L = weight_WL.sum(axis=0)
+    bound_L = bounds(weight_WL / weight_L, reached_L=imbalance_L)
     if answer.bound_L is not None:
-        bound_L = np.maximum(bound_L, answer.bound_L)
-    bound_L = np.minimum(bound_L, imbalance_L)
-    # Layers weigh as in imbalance_mean: by the windows in which they have load.
-    weight_L = np.count_nonzero(problem.profile.counts_WLE.any(axis=2), axis=0)
-    bound_mean = float(np.average(bound_L, weights=weight_L))
+        bound_L = np.minimum(np.maximum(bound_L, answer.bound_L), imbalance_L)
+    bound_mean = min(float(bound_L @ weight_L), balance.imbalance_mean)
     objective = _objective(balance, problem.statistic)
     bound = bound_mean
-    if problem.statistic != "mean":
-        bound = min(statistic_bound(problem, answer.weight_WL, bound_mean), objective)
+    if problem.statistic != "mean" and answer.weight_WL is not None:
+        # Any weighted mean over windows, with weights that the statistic allows, is at most the
+        # statistic, and the weighted mean of a layer is at least its bound.
+        reached_L = np.full(len(imbalance_L), np.inf)
+        bound = max(bound, float(bounds(answer.weight_WL, reached_L=reached_L).sum()))
+    bound = min(bound, objective)
     gap = (objective - bound) / bound
     return Solution(
         placement=answer.placement,
@@ -152,29 +166,6 @@ def _objective(balance: Balance, statistic: str) -> float:
         "cvar": balance.imbalance_cvar,
     }
     return figures[statistic]
-
-
-def statistic_bound(problem: Problem, weight_WL: FloatArray | None, bound_mean: float) -> float:
-    """Return a value that no placement's worst or CVaR step cost is below.
-
-    Both are at least any weighted mean over windows with weights that they allow, and a weighted
-    mean at least the sum of its layers' bounds.
-    """
-    if weight_WL is None:
-        return bound_mean
-    topology = problem.topology
-    load_WLE = scaled_windows(problem.profile, topology.num_ranks)
-    weight_L = weight_WL.sum(axis=0)
-    used_L = weight_L > 0
-    # The bound of a mixture of windows holds for their mean: the largest load is convex.
-    mixture_LE = np.einsum("wle,wl->le", load_WLE, weight_WL)[used_L]
-    bound_L = load_bound(
-        mixture_LE,
-        num_ranks=topology.num_ranks,
-        slots_per_rank=topology.slots_per_rank,
-        even=problem.split == "even",
-    )
-    return max(bound_mean, float(bound_L @ weight_L[used_L] / weight_L.sum()))
 
 
 def _placement(problem: Problem, phys_to_log_LS: IntArray) -> Placement:

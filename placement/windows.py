@@ -70,7 +70,7 @@ def scaled_windows(profile: LoadProfile, num_ranks: int) -> FloatArray:
 
 def window_weights(load_WLE: FloatArray) -> FloatArray:
     """Return the weights under which the sum of imbalances is ``imbalance_mean``, [W, L]."""
-    loaded_WL: NDArray[np.bool_] = load_WLE.any(axis=2)
+    loaded_WL: NDArray[np.bool_] = np.any(load_WLE, axis=2)
     weight_WL: FloatArray = np.divide(loaded_WL, loaded_WL.sum())
     return weight_WL
 
@@ -233,6 +233,6 @@ def _quotient(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -
 
 def _updated(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -> FloatArray:
     total_F1 = np.maximum(part_WF.sum(axis=0), 1e-12)[:, np.newaxis]
-    updated: FloatArray = np.multiply(factor_FX, part_WF.T @ _quotient(load_WX, part_WF, factor_FX))
-    updated /= total_F1
-    return updated
+    change_FX: FloatArray = np.matmul(part_WF.T, _quotient(load_WX, part_WF, factor_FX))
+    updated: FloatArray = np.multiply(factor_FX, change_FX)
+    return np.divide(updated, total_F1, out=updated)
