@@ -220,7 +220,8 @@ def _factorize(load_WX: FloatArray, num_factors: int, *, first: int | None) -> F
 
 def _factor_loads(load_WX: FloatArray, part_WF: FloatArray) -> FloatArray:
     """Return the loads of factors whose parts are known, [F, X]."""
-    factor_FX = np.maximum(np.linalg.pinv(part_WF) @ load_WX, 0.05 * load_WX.mean(axis=0))
+    least_X = 0.05 * load_WX.mean(axis=0)
+    factor_FX: FloatArray = np.maximum(np.linalg.pinv(part_WF) @ load_WX, least_X)
     for _ in range(10):
         factor_FX = _updated(load_WX, part_WF, factor_FX)
     return factor_FX
@@ -233,6 +234,6 @@ def _quotient(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -
 
 def _updated(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -> FloatArray:
     total_F1 = np.maximum(part_WF.sum(axis=0), 1e-12)[:, np.newaxis]
-    change_FX: FloatArray = np.matmul(part_WF.T, _quotient(load_WX, part_WF, factor_FX))
-    updated: FloatArray = np.multiply(factor_FX, change_FX)
-    return np.divide(updated, total_F1, out=updated)
+    change_FX: FloatArray = part_WF.T @ _quotient(load_WX, part_WF, factor_FX)
+    updated: FloatArray = factor_FX * change_FX / total_F1
+    return updated
