@@ -30,7 +30,7 @@ clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-plan.yaml
 
 # The editable install links single files, so a folder that changes asks for it again.
-FOLDERS := eplb cli placement profiles profiles/data runtime
+FOLDERS := eplb eplb/engines cli placement profiles profiles/data runtime
 EDITABLE := install -q -c constraints.txt -e . --config-settings editable_mode=strict
 
 $(VENV)/bin/pip:

@@ -29,7 +29,7 @@ from run import environment
 import eplb
 from eplb.placement.greedy import place_greedy
 from eplb.profiles.numpy_file import Members
-from eplb.profiles.source import open_source
+from eplb.source import open_source
 
 # name: ranks, slots a rank, nodes
 DEPLOYMENTS = {

@@ -22,6 +22,7 @@ from eplb.model import MoEModel
 from eplb.plan import PLAN_SCHEMA, Plan, Quality, content_digest
 from eplb.slots import Placement
 from eplb.split import SPLIT_RULES
+from eplb.strict_yaml import StrictLoader
 from eplb.topology import Topology
 
 __all__ = ["read_plan", "write_plan"]
@@ -250,38 +251,6 @@ def _short(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """YAML's safe loader without what no plan needs: keys that come twice, aliases, merge keys.
-
-    A short file of aliases stands for any amount of data, which a digest would have to go through.
-    """
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if isinstance(node, yaml.CollectionNode) and node in self.constructed_objects:
-            raise _refusal("aliases are not used in plans", node)
-        return super().construct_object(node, deep)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        if any(key_node.tag == "tag:yaml.org,2002:merge" for key_node, _ in node.value):
-            raise _refusal("merge keys are not used in plans", node)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
-        if len(mapping) < len(node.value):
-            # Compared as values: 1 and 0x1 are one layer.
-            seen = set()
-            for key_node, _ in node.value:
-                key = self.construct_object(key_node)
-                if key in seen:
-                    raise _refusal(f"key {key_node.value!r} comes twice", key_node)
-                seen.add(key)
-        return mapping
-
-
-def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """YAML's safe dumper without anchors."""
 
@@ -307,7 +276,7 @@ def _load(path: Path, name: str) -> dict[Any, Any]:
     if not data.strip():
         raise InvalidInput(f"{name} is empty; plan again")
     try:
-        document = yaml.load(data, Loader=_Loader)  # noqa: S506
+        document = yaml.load(data, Loader=StrictLoader)  # noqa: S506
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""

@@ -17,7 +17,7 @@ import numpy as np
 from eplb.arrays import FloatArray
 from eplb.errors import InvalidInput
 from eplb.load_profile import LoadProfile
-from eplb.profiles.source import Source, parsing
+from eplb.source import Source, parsing
 
 __all__ = ["LABELS", "read_csv", "to_csv"]
 

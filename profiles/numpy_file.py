@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from eplb.errors import InvalidInput, unknown_name
 from eplb.load_profile import LoadProfile
-from eplb.profiles.source import Source, parsing
+from eplb.source import Source, parsing
 
 __all__ = ["Members", "read_npy", "read_npz"]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 
+from eplb.engines.sglang_dump import read_json, read_pt
 from eplb.errors import unknown_name
 from eplb.load_profile import LoadProfile, merge_profiles
 from eplb.profiles.csv_file import read_csv
 from eplb.profiles.numpy_file import read_npy, read_npz
-from eplb.profiles.sglang_dump import read_json, read_pt
-from eplb.profiles.source import Source, open_source
+from eplb.source import Source, open_source
 
 __all__ = ["READERS", "read_profile", "read_profiles"]
 

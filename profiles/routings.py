@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from eplb.errors import InvalidInput, unknown_name
 from eplb.profiles.numpy_file import Members
-from eplb.profiles.source import open_source, parsing
+from eplb.source import open_source, parsing
 
 __all__ = ["read_routings"]
 

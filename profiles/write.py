@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eplb.engines.sglang_dump import absolute_layers, to_json
 from eplb.errors import unknown_name
 from eplb.files import write_atomic
 from eplb.load_profile import LoadProfile
 from eplb.profiles.csv_file import to_csv
-from eplb.profiles.sglang_dump import absolute_layers, to_json
 
 __all__ = ["WRITERS", "write_profile"]
 

@@ -11,8 +11,8 @@ import pytest
 
 from eplb.errors import InvalidInput
 from eplb.profiles import read_profile
-from eplb.profiles.source import open_source
-from eplb.profiles.torch_zip import load_pt
+from eplb.source import open_source
+from eplb.torch_zip import load_pt
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 
 from eplb.errors import InvalidInput
 from eplb.load_profile import LoadProfile
-from eplb.profiles.source import Source, parsing
-from eplb.profiles.torch_zip import load_pt
+from eplb.source import Source, parsing
+from eplb.strict_json import parse_json
+from eplb.torch_zip import load_pt
 
 __all__ = ["read_json", "read_pt", "to_json"]
 
@@ -31,7 +32,7 @@ MAX_LAYERS = 1 << 14
 def read_json(source: Source) -> LoadProfile:
     """Read an object with ``logical_count`` of the shape ``[L, E]`` or ``[steps, L, E]``."""
     with parsing(source, "JSON file"):
-        content = json.loads(source.path.read_text(encoding="utf-8"))
+        content = parse_json(source.path.read_text(encoding="utf-8"))
         if not isinstance(content, dict) or "logical_count" not in content:
             raise InvalidInput(
                 f"{source.name} has no 'logical_count'; give a dump of SGLang's expert "

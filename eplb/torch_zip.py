@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb.errors import InvalidInput
-from eplb.profiles.source import Source, parsing
+from eplb.source import Source, parsing
 
 __all__ = ["load_pt"]
 
