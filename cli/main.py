@@ -21,6 +21,8 @@ __all__ = ["cli", "main"]
 COMMANDS = {
     "demo": "eplb.cli.demo",
     "evaluate": "eplb.cli.evaluate",
+    "export": "eplb.cli.export_plan",
+    "import": "eplb.cli.import_plan",
     "plan": "eplb.cli.plan",
     "profile": "eplb.cli.profile",
     "versions": "eplb.cli.versions",

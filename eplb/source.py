@@ -37,8 +37,8 @@ class Source:
         return self.path.suffix.lower()
 
 
-def open_source(spec: str | os.PathLike[str]) -> Source:
-    """Find the file that ``spec`` names.
+def open_source(spec: str | os.PathLike[str], *, folder: bool = False) -> Source:
+    """Find the file that ``spec`` names, or with ``folder`` the folder if it is one.
 
     Raises
     ------
@@ -52,6 +52,8 @@ def open_source(spec: str | os.PathLike[str]) -> Source:
             head, _, tail = text.rpartition(":")
             if head.lower().endswith(".npz"):
                 path, array = Path(head), tail
+        if path.is_dir() and folder:
+            return Source(path=path, array=None, name=path.resolve().name)
         if path.is_dir():
             raise InvalidInput(f"{text} is a directory; name a profile file")
         if path.exists() and not path.is_file():
