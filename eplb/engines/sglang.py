@@ -98,9 +98,13 @@ def _launch(plan: Plan, placement: Placement, path: str, plan_path: str) -> tupl
     )
     if plan.split == "nearest":
         return (f"{start} --moe-a2a-backend deepep --ep-dispatch-algorithm static",)
+    plugged = f"EPLB_POLICY={shlex.quote(plan_path)} {start.rpartition(' ')[0]} RECORDED.pt"
     return (
         "# with an all-to-all backend, split by nearness",
         f"{start} --moe-a2a-backend deepep --ep-dispatch-algorithm static",
+        "# with one, split evenly: the plug-in of eplb-toolkit, installed beside SGLang, answers",
+        "# with the plan; RECORDED.pt is a dump of the recorder, whose loads it then ignores",
+        f"{plugged} --moe-a2a-backend deepep --ep-dispatch-algorithm dynamic",
         "# without one, split evenly",
         f"{start} --moe-a2a-backend none --ep-dispatch-algorithm dynamic",
     )
