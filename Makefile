@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 LINKS := build/__editable__.eplb_toolkit-0.1.0-py3-none-any
 
-.PHONY: demo test check format benchmark clean
+.PHONY: demo test test-engines check format benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/eplb demo
 
 test: $(VENV)/.tested
 	$(BIN)/pytest
+
+# The engines' own code, as released, on our files: in an environment of its own, some 500 MB.
+test-engines: build/engines/.installed
+	build/engines/bin/pytest tests/with_engines
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check
@@ -43,4 +47,12 @@ $(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt $(FOLDERS)
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install -q "pip>=25.1"
 	$(BIN)/pip install -q -c constraints.txt --group dev -e ".[runtime]" --config-settings editable_mode=strict
+	touch $@
+
+# Wheels without what they depend on: the tests load single modules of them.
+build/engines/.installed: constraints-engines.txt pyproject.toml constraints.txt $(FOLDERS)
+	$(PYTHON) -m venv build/engines
+	build/engines/bin/pip install -q "pip>=25.1"
+	build/engines/bin/pip install -q -c constraints.txt --group test -e ".[runtime]" --config-settings editable_mode=strict
+	build/engines/bin/pip install -q --no-deps --only-binary :all: -r constraints-engines.txt
 	touch $@

@@ -94,19 +94,20 @@ def _launch(plan: Plan, placement: Placement, path: str, plan_path: str) -> tupl
         f"python -m sglang.launch_server --model-path {model_path(plan.model)} "
         f"--tp-size {topology.num_ranks} --ep-size {topology.num_ranks} "
         f"--nnodes {topology.num_nodes} --ep-num-redundant-experts {num_redundant(plan)} "
-        f"--init-expert-location {shlex.quote(path)}"
+        "--init-expert-location"
     )
+    start_with_file = f"{start} {shlex.quote(path)}"
     if plan.split == "nearest":
-        return (f"{start} --moe-a2a-backend deepep --ep-dispatch-algorithm static",)
-    plugged = f"EPLB_POLICY={shlex.quote(plan_path)} {start.rpartition(' ')[0]} RECORDED.pt"
+        return (f"{start_with_file} --moe-a2a-backend deepep --ep-dispatch-algorithm static",)
+    plugged = f"EPLB_POLICY={shlex.quote(plan_path)} {start} RECORDED.pt"
     return (
         "# with an all-to-all backend, split by nearness",
-        f"{start} --moe-a2a-backend deepep --ep-dispatch-algorithm static",
+        f"{start_with_file} --moe-a2a-backend deepep --ep-dispatch-algorithm static",
         "# with one, split evenly: the plug-in of eplb-toolkit, installed beside SGLang, answers",
         "# with the plan; RECORDED.pt is a dump of the recorder, whose loads it then ignores",
         f"{plugged} --moe-a2a-backend deepep --ep-dispatch-algorithm dynamic",
         "# without one, split evenly",
-        f"{start} --moe-a2a-backend none --ep-dispatch-algorithm dynamic",
+        f"{start_with_file} --moe-a2a-backend none --ep-dispatch-algorithm dynamic",
     )
 
 
