@@ -113,7 +113,7 @@ def test_with_all_to_all_a_file_is_split_by_nearness_whatever_the_dispatch(plan,
     export_plan(plan, "sglang", path)
     for algorithm in ("static", "dynamic"):
         served = serve(path, 5, ep_dispatch_algorithm=algorithm)
-        own = plan.placement.phys_to_log_LS[0, 100:120]
+        own = torch.tensor(plan.placement.phys_to_log_LS[0, 100:120].tolist())
         assert (served.logical_to_all_physical_map_num_valid[3, own] == 1).all()
         assert (served.logical_to_all_physical_map[3, own, 0] // 20 == 5).all()
 

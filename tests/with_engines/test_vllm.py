@@ -7,7 +7,7 @@ from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
-from with_engines.conftest import load_vllm
+from with_engines.vllm_ranks import EXPERTS, LAYERS, RANKS, SLOTS, serve_rank
 
 from eplb.engines.vllm import VLLM
 from eplb.errors import InvalidInput
@@ -16,8 +16,6 @@ from eplb.plan_file import write_plan
 from eplb.runtime import vllm_policy
 
 torch = pytest.importorskip("torch")
-
-RANKS, SLOTS, EXPERTS, LAYERS, WIDTH = 4, 24, 16, 3, 5
 
 
 @pytest.fixture
@@ -141,47 +139,12 @@ def test_maps_of_our_placements_are_what_the_router_needs(vllm, plan):
     assert torch.equal(rows[layer, slots[layer, expert, replica]], expert)
 
 
-def _rank(rank, old, new, port):
-    """Hold the weights of the old placement, let vLLM move them, compare with the new one."""
-    vllm = load_vllm()
-    torch.accelerator.current_stream = lambda: None
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS
-    )
-    communicators = vllm.load("vllm.distributed.eplb.eplb_communicator")
-    execute = vllm.load("vllm.distributed.eplb.rebalance_execute")
-
-    class Stream:
-        def synchronize(self):
-            """CPU tensors are there when they are there."""
-
-    torch.accelerator.current_stream = Stream
-    per_rank = SLOTS // RANKS
-    own = slice(rank * per_rank, (rank + 1) * per_rank)
-
-    def weights(rows):
-        # Two tensors a layer; every value tells layer and expert.
-        value = rows[:, own, None] + 1000.0 * torch.arange(LAYERS)[:, None, None]
-        return [[v.expand(-1, WIDTH).clone(), -v.expand(-1, 2).clone()] for v in value]
-
-    held = weights(old)
-    execute.rearrange_expert_weights_inplace(
-        old, new, held, [torch.empty_like(w) for w in held[0]],
-        torch.distributed.group.WORLD,
-        communicators.TorchDistGlooStagedEplbCommunicator(torch.distributed.group.WORLD),
-    )  # fmt: skip
-    for layer, expected in zip(held, weights(new), strict=True):
-        for have, want in zip(layer, expected, strict=True):
-            assert torch.equal(have, want)
-    torch.distributed.destroy_process_group()
-
-
 def test_vllm_moves_the_weights_to_where_our_policy_says(plugged, unused_port):
     policy = plugged("global")
     old = torch.arange(SLOTS).repeat(LAYERS, 1) % EXPERTS
     new = policy.rebalance_experts(skewed(4), SLOTS, 1, 1, RANKS, old)
     assert not torch.equal(new, old)
-    torch.multiprocessing.spawn(_rank, (old, new, unused_port), nprocs=RANKS)
+    torch.multiprocessing.spawn(serve_rank, (old, new, unused_port), nprocs=RANKS)
 
 
 def test_options_that_are_printed_exist(vllm, plan):
