@@ -139,22 +139,27 @@ def read_windows(
     specs: Iterable[str],
     windows: tuple[int | None, int | None] | None,
     phase: str | None = None,
+    read: Callable[[str], LoadProfile] | None = None,
 ) -> LoadProfile:
-    """Read profiles as scenarios, each cut to its windows ``start:stop`` of one phase."""
+    """Read profiles as scenarios, each cut to its windows ``start:stop`` of one phase.
+
+    ``read`` reads one of them, where that takes more than its name.
+    """
     from eplb.load_profile import merge_profiles
 
-    return merge_profiles(read_parts(specs, windows, phase))
+    return merge_profiles(read_parts(specs, windows, phase, read))
 
 
 def read_parts(
     specs: Iterable[str],
     windows: tuple[int | None, int | None] | None,
-    phase: str | None,
+    phase: str | None = None,
+    read: Callable[[str], LoadProfile] | None = None,
 ) -> list[LoadProfile]:
     """Read profiles, each cut to its windows ``start:stop`` of one phase."""
     from eplb.profiles import read_profile
 
-    profiles = [read_profile(spec) for spec in specs]
+    profiles = [(read or read_profile)(spec) for spec in specs]
     if phase is not None:
         profiles = [profile.of_phase(phase) for profile in profiles]
     if windows is not None:

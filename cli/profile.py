@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eplb.cli.options import as_json, profile_arguments, read_windows, windows_option
+from eplb.cli.engine_options import moe_layers_option
+from eplb.cli.options import Name, as_json, profile_arguments, read_windows, windows_option
+from eplb.model import MODEL_PRESETS
 
 if TYPE_CHECKING:
     from eplb.profiles import ProfileSummary
@@ -48,6 +50,19 @@ def show_command(profiles: tuple[str, ...], windows: Any, json_: bool) -> None:
 @windows_option
 @click.option("--scenario", help="Name the scenario of all windows.")
 @click.option("--phase", help="Name the phase of all windows: prefill, decode or mixed.")
+@click.option(
+    "--model",
+    type=Name("model preset", MODEL_PRESETS),
+    help="Number the layers by this model's decoder ids, where a recording counts those with "
+    "experts (vLLM, vLLM-Ascend, Omni).",
+)
+@moe_layers_option
+@click.option(
+    "--placement",
+    type=click.Path(),
+    metavar="PLAN",
+    help="What the slots held while Omni-placement dumped their counts, as eplb import read it.",
+)
 @as_json
 def convert_command(
     profiles: tuple[str, ...],
@@ -55,22 +70,35 @@ def convert_command(
     windows: Any,
     scenario: str | None,
     phase: str | None,
+    model: str | None,
+    moe_layers: tuple[int, ...] | None,
+    placement: str | None,
     json_: bool,
 ) -> None:
-    """Write profiles as one file of another format: .npz, .npy, .csv or .json (SGLang).
+    """Write profiles as one file of another format: .npz, .npy, .csv, .json or .pt (SGLang).
 
     \b
     eplb profile convert expert_distribution_recorder_1.pt -o loads.npz
+    eplb profile convert vllm_loads.jsonl --model deepseek-v3 -o loads.npz
     """
     from dataclasses import replace
 
     from eplb.cli.show import progress
+    from eplb.engines.layers import with_decoder_ids
+    from eplb.engines.omni import omni_reader
     from eplb.files import check_writable
+    from eplb.plan_file import read_plan
     from eplb.profiles import write_profile
 
     check_writable(output)
     with progress("converting"):
-        profile = read_windows(profiles, windows)
+        read = None if placement is None else omni_reader(read_plan(placement).placement)
+        profile = read_windows(profiles, windows, read=read)
+        if moe_layers is not None or model is not None:
+            known = moe_layers or MODEL_PRESETS[model or ""].layer_ids
+            profile = with_decoder_ids(profile, known)
+        if model is not None:
+            profile = replace(profile, metadata={**profile.metadata, "model": model})
         if scenario is not None:
             profile = replace(profile, scenario_W=(scenario,) * profile.num_windows)
         if phase is not None:

@@ -30,7 +30,7 @@ def dump_pt(tensors: Mapping[str, NDArray[Any]]) -> bytes:
     tensors : mapping of str to array
         Of int32, int64, float32 or float64.
     """
-    arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    arrays = {name: np.array(array, order="C") for name, array in tensors.items()}
     content = b"".join(
         _plain(name) + _tensor(str(i), array) for i, (name, array) in enumerate(arrays.items())
     )

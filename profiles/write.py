@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb.engines.sglang_dump import absolute_layers, to_json
+from eplb.engines.sglang_dump import absolute_layers, to_json, to_pt
 from eplb.errors import unknown_name
 from eplb.files import write_atomic
 from eplb.load_profile import LoadProfile
@@ -86,4 +86,5 @@ WRITERS: dict[str, tuple[Writer, frozenset[str]]] = {
     ".json": (to_json, frozenset()),
     ".npy": (_to_npy, frozenset()),
     ".npz": (_to_npz, frozenset({"scenario", "phase", "tokens", "time_s", "metadata"})),
+    ".pt": (to_pt, frozenset()),
 }

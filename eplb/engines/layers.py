@@ -8,13 +8,15 @@ place them on their own. Shape letters: L layers, S slots.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from eplb.engines.engine import DENSE, MOE_AND_MTP, MOE_ORDINALS
 from eplb.errors import InvalidInput
+from eplb.load_profile import LoadProfile
 from eplb.model import MODEL_PRESETS, MoEModel
 from eplb.slots import Placement, initial_placement
 
-__all__ = ["decoder_layers", "for_engine", "from_engine"]
+__all__ = ["decoder_layers", "for_engine", "from_engine", "with_decoder_ids"]
 
 # More layers of multi-token prediction than any model has.
 MAX_MTP_LAYERS = 8
@@ -171,6 +173,32 @@ def from_engine(
             "--model or --moe-layers that the file was made for"
         )
     return {i: row for row, i in enumerate(layer_ids) if i in expected}, ()
+
+
+def with_decoder_ids(profile: LoadProfile, moe_layers: Sequence[int]) -> LoadProfile:
+    """Return loads with layers by decoder id, where they are counted among those with experts.
+
+    Layers that have decoder ids already keep them: SGLang and TensorRT-LLM record those.
+
+    Raises
+    ------
+    InvalidInput
+        There are more layers than the model has.
+    """
+    counted = profile.metadata.get("layer_numbering") == MOE_ORDINALS
+    if not counted and set(profile.layer_ids) <= set(moe_layers):
+        return profile
+    last = moe_layers[-1] + 1
+    all_ids = (*moe_layers, *range(last, last + MAX_MTP_LAYERS))
+    if profile.layer_ids[-1] >= len(all_ids):
+        raise InvalidInput(
+            f"{profile.source} has a layer {profile.layer_ids[-1]} and the model "
+            f"{len(moe_layers)} with experts; choose the model the loads were recorded from"
+        )
+    metadata = {k: v for k, v in profile.metadata.items() if k != "layer_numbering"}
+    return replace(
+        profile, layer_ids=tuple(all_ids[i] for i in profile.layer_ids), metadata=metadata
+    )
 
 
 def _listed(ids: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,10 @@ from eplb.errors import InvalidInput
 from eplb.load_profile import LoadProfile
 from eplb.plan import Plan
 from eplb.slots import EMPTY, Placement
-from eplb.source import Source, parsing
+from eplb.source import Source, open_source, parsing
 from eplb.topology import Topology
 
-__all__ = ["OMNI", "read_statistics"]
+__all__ = ["OMNI", "omni_reader", "read_statistics"]
 
 _DUMP = re.compile(r"activation_counts_recordstep_(\d{1,12})_rank_(\d{1,6})\.txt")
 # Patterns and dumps are read whole; far above DeepSeek-V3 on 1,024 devices (60 MB).
@@ -151,11 +152,25 @@ def read_statistics(source: Source, placement: Placement | None = None) -> LoadP
     )
 
 
+def omni_reader(placement: Placement) -> Callable[[str], LoadProfile]:
+    """Return a reader of dumps from a server that served this placement."""
+
+    def read(spec: str) -> LoadProfile:
+        source = open_source(spec, folder=True)
+        if not source.path.is_dir():
+            raise InvalidInput(f"{source.name} is not a folder of Omni-placement's dumps")
+        return read_statistics(source, placement)
+
+    return read
+
+
 def _table(path: Path) -> IntArray:
     source = Source(path=path, array=None, name=path.name)
     with parsing(source, "table of counts"):
         lines = path.read_text(encoding="ascii").splitlines()
         rows = [[int(cell) for cell in line.split()] for line in lines if line.strip()]
+        if not rows:
+            raise ValueError("it has no rows")
         return np.array(rows, np.int64)
 
 

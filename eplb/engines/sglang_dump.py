@@ -22,8 +22,9 @@ from eplb.load_profile import LoadProfile
 from eplb.source import Source, parsing
 from eplb.strict_json import parse_json
 from eplb.torch_zip import load_pt
+from eplb.torch_zip_writer import dump_pt
 
-__all__ = ["read_json", "read_pt", "to_json"]
+__all__ = ["read_json", "read_pt", "to_json", "to_pt"]
 
 # Far above any model there is; keeps a damaged layer id from asking for terabytes of zeros.
 MAX_LAYERS = 1 << 14
@@ -59,10 +60,18 @@ def read_pt(source: Source) -> LoadProfile:
 
 def to_json(profile: LoadProfile) -> bytes:
     """Return loads as ``logical_count``, with rows of zeros for layers that have none."""
-    counts = absolute_layers(profile)
-    if (counts == np.floor(counts)).all():
-        counts = counts.astype(np.int64)
+    counts = _whole(absolute_layers(profile))
     return json.dumps({"logical_count": counts.tolist()}, separators=(",", ":")).encode()
+
+
+def to_pt(profile: LoadProfile) -> bytes:
+    """Return loads as the recorder's ``stat`` mode dumps them, which SGLang plans for at start."""
+    return dump_pt({"logical_count": _whole(absolute_layers(profile))})
+
+
+def _whole(counts: NDArray[Any]) -> NDArray[Any]:
+    """Return whole counts as such, others as they are."""
+    return counts.astype(np.int64) if (counts == np.floor(counts)).all() else counts
 
 
 def absolute_layers(profile: LoadProfile) -> NDArray[Any]:

@@ -1,8 +1,8 @@
 """TensorRT-LLM: the YAML of ``moe_config.load_balancer``, and recorded expert statistics.
 
 Source: NVIDIA/TensorRT-LLM, tensorrt_llm/llmapi/llm_args.py, MoeLoadBalancerConfig (a strict
-pydantic model: unknown keys are refused; a layer that is not in a given map is a KeyError), and
-examples/wide_ep/ep_load_balancer for the statistics.
+pydantic model: unknown keys are refused; a layer that is not in a given map is a KeyError). Read on
+the main branch, as released wheels are not on the package index.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _launch(plan: Plan, placement: Placement, path: str, plan_path: str) -> tupl
 
 TENSORRT_LLM = Engine(
     name="tensorrt-llm",
-    release="1.2.1",
+    release="main branch",
     suffixes=(".yaml", ".yml"),
     rows=MOE_AND_MTP,
     empty_slots=False,

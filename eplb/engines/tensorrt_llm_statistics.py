@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from eplb.engines.engine import MAX_EXPERTS, whole_number
+from eplb.engines.engine import MAX_EXPERTS, quoted, whole_number
 from eplb.errors import InvalidInput
 from eplb.load_profile import LoadProfile
 from eplb.source import Source, parsing
@@ -45,16 +45,17 @@ def read_statistics(source: Source) -> LoadProfile:
     files = sorted(p for p in source.path.iterdir() if _RANK_FILE.fullmatch(p.name))
     if not files:
         raise InvalidInput(f"{source.name} has no rank*.safetensors; copy those of all ranks")
+    expected = content.get("ep_size", len(files))
+    if expected != len(files):
+        raise InvalidInput(
+            f"{source.name} has {len(files)} rank*.safetensors and {META} says ep_size "
+            f"{quoted(expected)}; copy those of all ranks"
+        )
     totals: dict[tuple[int, int], NDArray[np.int64]] = {}
     for path in files:
-        counts = _rank_counts(path, num_experts)
-        for key, count in counts.items():
+        # A rank without tokens in an iteration has no counts for it.
+        for key, count in _rank_counts(path, num_experts).items():
             totals[key] = totals[key] + count if key in totals else count
-        if len(counts) != len(totals):
-            raise InvalidInput(
-                f"{source.name}: {path.name} has {len(counts)} iterations x layers and an earlier "
-                f"rank {len(totals)}; copy the files of one recording"
-            )
     iterations = sorted({iteration for iteration, _ in totals})
     layers = sorted({layer for _, layer in totals})
     if len(totals) != len(iterations) * len(layers):

@@ -7,13 +7,19 @@ from eplb.cli.main import COMMANDS, cli
 OPTIONS = {
     "demo": {"--json", "--output", "-o"},
     "evaluate": {"PLAN", "PROFILE...", "--json", "--routings", "--split", "--windows"},
+    "export": {"PLAN", "--json", "--moe-layers", "--output", "--to", "-o"},
+    "import": {
+        "FILE", "--from", "--json", "--model", "--moe-layers", "--nodes", "--output",
+        "--ranks-per-node", "--split", "-o",
+    },
     "plan": {
         "PROFILE...", "--groups", "--hierarchical", "--json", "--model", "--nodes", "--objective",
         "--output", "--ranks-per-node", "--seed", "--shared-ranks", "--slots-per-rank", "--solver",
         "--split", "--time-limit", "--topology", "--windows", "-o",
     },
     "profile convert": {
-        "PROFILE...", "--json", "--output", "--phase", "--scenario", "--windows", "-o",
+        "PROFILE...", "--json", "--model", "--moe-layers", "--output", "--phase", "--placement",
+        "--scenario", "--windows", "-o",
     },
     "profile show": {"PROFILE...", "--json", "--windows"},
     "versions": {"--json"},
