@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from eplb.placement.greedy import place_greedy
 from eplb.placement.windows import scaled_windows, window_weights
 from eplb.plan import Plan, Quality
 from eplb.problem import Problem
+from eplb.runtime.engine_policy import Request, solving_policy
 from eplb.topology import Topology
 
 _ALL_SIZES = tuple(SIZES)
@@ -117,6 +119,23 @@ def plan_command(size: str, severity: str) -> Callable[[], Any]:
     ]
     run = "from eplb.cli.main import main; main()"
     return lambda: _python(run, "plan", str(profile), *options)
+
+
+@register(size=("ep32",), severity=("drift",), policy=("global", "hierarchical"))
+def engine_policy(size: str, severity: str, policy: str) -> Callable[[], Any]:
+    """Answer an engine that rebalances: solve, and keep what can stay where it is."""
+    dims = SIZES[size]
+    before, after = synthetic_counts(dims, severity, windows=2).astype(np.float64)
+    place = solving_policy(hierarchical=policy == "hierarchical")
+    first = Request(
+        load_LE=before,
+        num_slots=dims.slots,
+        num_ranks=dims.ranks,
+        num_nodes=dims.nodes,
+        num_groups=dims.nodes,
+    )
+    request = replace(first, load_LE=after, current_LS=place(first))
+    return lambda: place(request)
 
 
 def _python(code: str, *arguments: str) -> None:

@@ -15,7 +15,11 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "measured.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "engines" / "vllm.md",
+)
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -83,10 +87,30 @@ def timings() -> str:
     return _markdown(["benchmark", "ms, median", "least"], body) + _measured_on(environment)
 
 
+def vllm_policy() -> str:
+    """Return time, moves and imbalance of policies of vLLM's interface over replayed drifts."""
+    results, environment = _report("vllm-policy.json")
+    body = [
+        [
+            row["recording"],
+            row["deployment"],
+            row["policy"],
+            row["solver"],
+            f"{row['median_ms']:.0f}",
+            f"{100 * row['moved_part']:.0f}%",
+            f"{row['imbalance_mean']:.3f}",
+        ]
+        for row in results
+    ]
+    head = ["recording", "", "policy", "solver", "ms, median", "experts moved", "imbalance, mean"]
+    return _markdown(head, body) + _measured_on(environment)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "greedy": greedy,
     "greedy-short": greedy_short,
     "timings": timings,
+    "vllm-policy": vllm_policy,
 }
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Protocol
 
@@ -101,6 +102,8 @@ def solving_policy(*, hierarchical: bool) -> EnginePolicy:
         Keep the experts of a routing group within a node. Where nodes do not divide groups, a
         warning says that the global policy is used, as in DeepSeek's code.
     """
+    # Now, where a server starts, and not in its first rearrangement.
+    import_module("scipy.optimize")
 
     def place(request: Request) -> IntArray:
         current_LS = request.current_LS

@@ -38,7 +38,7 @@ from eplb.source import Source, parsing
 from eplb.strict_json import parse_json
 from eplb.topology import MAX_SLOTS, Topology
 
-__all__ = ["VLLM", "read_statistics"]
+__all__ = ["VLLM", "load_record", "read_statistics"]
 
 _MAPPING, _LOADS = "eplb_initial_mapping", "eplb_load_stats"
 # Of the same files, without loads in them.
@@ -145,6 +145,18 @@ def read_statistics(source: Source) -> LoadProfile:
         },
         source=source.name,
     )
+
+
+def load_record(step: int, load_LE: FloatArray) -> dict[str, Any]:
+    """Return a record of loads of logical experts, each in a slot of its own."""
+    num_layers, num_experts = load_LE.shape
+    return {
+        "record_type": _LOADS,
+        "version": _VERSION,
+        "step": step,
+        "expert_load": load_LE.astype(np.int64).tolist(),
+        "p2l_map": [list(range(num_experts))] * num_layers,
+    }
 
 
 def _check_record(record: Mapping[str, Any], kind: str, source: Source, at: str) -> None:

@@ -17,9 +17,10 @@ from eplb.model import MoEModel
 from eplb.placement.keep_slots import count_moves
 from eplb.plan import Plan
 from eplb.plan_file import write_plan
+from eplb.profiles import read_profile
 from eplb.runtime.engine_policy import Request, plan_policy, policy_of, solving_policy
 from eplb.runtime.sglang_algorithm import make_algorithm
-from eplb.runtime.vllm_policy import make_policy
+from eplb.runtime.vllm_policy import make_policy, make_recorder
 from eplb.slots import Placement
 from eplb.topology import Topology
 
@@ -136,6 +137,19 @@ def test_vllms_side_takes_and_returns_tensors():
     new = policy.rebalance_experts(torch.tensor([[9, 1, 5]], dtype=torch.int32), 4, 1, 1, 2, old)
     assert (new.dtype, tuple(new.shape)) == (torch.int64, (1, 4))
     assert set(new[0].tolist()) == {0, 1, 2}
+
+
+def test_a_recording_that_cannot_be_written_stops_no_rebalancing(tmp_path, caplog):
+    torch = pytest.importorskip("torch")
+    policy = make_policy(solving_policy(hierarchical=False), object)
+    recorder = make_recorder(policy, tmp_path / "missing" / "loads.jsonl")
+    with caplog.at_level(logging.WARNING):
+        placed = recorder.rebalance_experts(torch.tensor([[9, 1, 5]]), 4, 1, 1, 2)
+    assert tuple(placed.shape) == (1, 4)
+    assert "cannot record loads in" in caplog.text
+    recorder = make_recorder(policy, tmp_path / "loads.jsonl")
+    recorder.rebalance_experts(torch.tensor([[9, 1, 5]]), 4, 1, 1, num_ranks=2)
+    assert read_profile(tmp_path / "loads.1x3.jsonl").counts_WLE.tolist() == [[[9, 1, 5]]]
 
 
 def test_sglangs_side_returns_its_three_tables(monkeypatch):

@@ -13,6 +13,7 @@ from eplb.engines.vllm import VLLM
 from eplb.errors import InvalidInput
 from eplb.placement.keep_slots import count_moves
 from eplb.plan_file import write_plan
+from eplb.profiles import read_profile
 from eplb.runtime import vllm_policy
 
 torch = pytest.importorskip("torch")
@@ -113,6 +114,25 @@ def test_a_plan_is_served_as_it_is(plan, plugged, tmp_path):
     assert np.array_equal(draft.numpy(), plan.placement.phys_to_log_LS[-1:])
     with pytest.raises(InvalidInput, match="the plan is for 256 experts in 320 slots of 16 ranks"):
         policy.rebalance_experts(skewed(0, 58, 256), 288, 8, 4, 32)
+
+
+@pytest.mark.parametrize("policy", [None, "global"])
+def test_loads_are_recorded_around_any_policy(plugged, registry, monkeypatch, tmp_path, policy):
+    monkeypatch.setenv("EPLB_RECORD", str(tmp_path / "loads.jsonl"))
+    before = registry["default"]
+    recording = plugged(policy or "")
+    assert issubclass(recording, before) == (policy is None)
+    old = torch.arange(SLOTS).repeat(LAYERS, 1) % EXPERTS
+    sizes = SLOTS, 1, 1, RANKS, old
+    asked = [torch.zeros((LAYERS, EXPERTS)), skewed(0), skewed(1)]
+    placed = [recording.rebalance_experts(load, *sizes) for load in asked]
+    recording.rebalance_experts(skewed(2, 1), SLOTS, 1, 1, RANKS)  # a draft model
+    if policy is None:
+        own = before.rebalance_experts(asked[2], *sizes)
+        assert torch.equal(placed[2], own)
+    profile = read_profile(tmp_path / "loads.3x16.jsonl")
+    assert np.array_equal(profile.counts_WLE, np.stack(asked[1:]))
+    assert read_profile(tmp_path / "loads.1x16.jsonl").num_layers == 1
 
 
 def test_another_interface_is_refused(vllm, registry, monkeypatch):
