@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eplb.check import check_plan as check_plan
+    from eplb.engines.convert import export_plan as export_plan
+    from eplb.engines.convert import import_plan as import_plan
     from eplb.errors import EplbError as EplbError
     from eplb.load_profile import LoadProfile as LoadProfile
     from eplb.load_profile import merge_profiles as merge_profiles
@@ -45,6 +47,8 @@ _HOME = {
     "Topology": "eplb.topology",
     "check_plan": "eplb.check",
     "evaluate": "eplb.metrics",
+    "export_plan": "eplb.engines.convert",
+    "import_plan": "eplb.engines.convert",
     "merge_profiles": "eplb.load_profile",
     "model_preset": "eplb.model",
     "read_plan": "eplb.plan_file",

@@ -40,19 +40,16 @@ ENGINES: dict[str, Engine] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """A plan as an engine's file.
+    """What to know of a plan that was written as an engine's file.
 
     Parameters
     ----------
-    data : bytes
-        Of the file.
     remarks : tuple of str
         What the engine cannot express, and does otherwise.
     launch : tuple of str
         Lines to start the engine with.
     """
 
-    data: bytes
     remarks: tuple[str, ...]
     launch: tuple[str, ...]
 
@@ -65,7 +62,7 @@ class Import:
     remarks: tuple[str, ...]
 
 
-def find_engine(name: str) -> Engine:
+def _engine(name: str) -> Engine:
     """Return an engine by name.
 
     Raises
@@ -104,7 +101,7 @@ def export_plan(
     InvalidInput
         The engine would load something else than the plan, or the file cannot be written.
     """
-    engine = find_engine(engine_name)
+    engine = _engine(engine_name)
     suffix = Path(path).suffix.lower()
     if suffix not in engine.suffixes:
         raise InvalidInput(
@@ -119,7 +116,6 @@ def export_plan(
     write_atomic(path, data)
     absolute = str(Path(path).absolute()), str(Path(plan_path).absolute())
     return Export(
-        data=data,
         remarks=remarks + engine.remarks(plan),
         launch=engine.launch(plan, placement, *absolute),
     )
@@ -210,7 +206,7 @@ def import_plan(
     PlacementInvalid
         A layer lacks an expert, or has an unknown one.
     """
-    engine = find_engine(engine_name)
+    engine = _engine(engine_name)
     source = open_source(path)
     if source.suffix not in engine.suffixes:
         raise InvalidInput(

@@ -4,6 +4,7 @@ import logging
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
@@ -174,3 +175,9 @@ def test_the_plug_ins_import_no_torch_and_no_solver_that_is_not_asked_for():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={}
     )
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("group", ["vllm.general_plugins", "sglang.srt.plugins"])
+def test_the_engines_find_the_plug_ins(group):
+    (entry,) = (e for e in entry_points(group=group) if e.name == "eplb")
+    assert entry.load().__module__.startswith("eplb.runtime.")

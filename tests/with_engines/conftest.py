@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from eplb.cli.main import main
 from eplb.model import model_preset
 from eplb.placement.greedy import place_greedy
 from eplb.plan import Plan
@@ -158,3 +159,27 @@ def unused_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@pytest.fixture
+def eplb_command(capsys, monkeypatch, tmp_path):
+    """Run ``eplb`` with words, in an empty folder; it has to succeed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line: str) -> str:
+        with pytest.raises(SystemExit) as stop:
+            main(line.split())
+        captured = capsys.readouterr()
+        assert not stop.value.code, captured.err
+        return captured.out
+
+    return run
+
+
+def counts(windows: int, layers: int) -> NDArray[np.int64]:
+    """Return loads of 256 experts, as an engine would count them."""
+    random = np.random.default_rng(2)
+    return random.poisson(random.lognormal(3, 1, (layers, 256)), (windows, layers, 256)) + 1
+
+
+TOPOLOGY = "--model deepseek-v3 --nodes 4 --ranks-per-node 4 --slots-per-rank 20"

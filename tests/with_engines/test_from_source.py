@@ -10,12 +10,12 @@ import typing
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 import yaml
+from with_engines.conftest import TOPOLOGY, counts
 
-from eplb.engines.convert import export_plan, import_plan
-from eplb.profiles import read_profile
+from eplb.engines.convert import export_plan
+from eplb.plan_file import read_plan
 
 torch = pytest.importorskip("torch")
 
@@ -104,23 +104,43 @@ def test_omni_loads_the_pattern(expert_mapping, plan, tmp_path):
                 assert (bool(here), at) == (True, position)
 
 
-def test_dumps_of_omni_are_read_through_the_pattern_that_was_served(plan, tmp_path):
-    """Columns of a dump are slots, rank by rank, each rank's experts by id."""
-    from eplb.engines.omni import read_statistics
-    from eplb.source import Source
-
-    path = tmp_path / "pattern.npy"
-    export_plan(plan, "omni", path)
-    served = import_plan(path, "omni", num_nodes=4, ranks_per_node=4).plan.placement
-    counts = np.random.default_rng(0).integers(0, 99, served.phys_to_log_LS.shape)
-    folder = tmp_path / "decoder"
+def test_from_recording_to_a_loaded_plan_of_tensorrt_llm(config_class, eplb_command):
+    """The page on TensorRT-LLM, from start to end."""
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    folder = Path("expert_statistic")
     folder.mkdir()
-    text = "".join("\t".join(map(str, row)) + "\t\n" for row in counts.tolist())
-    (folder / "activation_counts_recordstep_7_rank_0.txt").write_text(text)
-    profile = read_statistics(Source(path=folder, array=None, name="decoder"), served)
-    expected = np.zeros((58, 256))
-    for layer, row in enumerate(served.phys_to_log_LS):
-        np.add.at(expected[layer], row, counts[layer])
-    assert profile.phase_W == ("decode",)
-    assert np.array_equal(profile.counts_WLE[0], expected)
-    assert read_profile(folder).num_experts == 320
+    (folder / "meta_info.json").write_text('{"num_experts": 256, "num_experts_per_token": 8}')
+    for rank in range(2):
+        save_file(
+            {f"{i}_{layer}": row for i, window in enumerate(counts(3, 59), start=100)
+             for layer, row in enumerate(window, start=3)},
+            folder / f"rank{rank}.safetensors",
+        )  # fmt: skip
+    eplb_command(f"plan expert_statistic {TOPOLOGY} -o plan.yaml")
+    eplb_command("export plan.yaml --to tensorrt-llm -o balancer.yaml")
+    config = config_class(**yaml.safe_load(Path("balancer.yaml").read_text()))
+    placement = read_plan("plan.yaml").placement
+    assert placement.layer_ids == tuple(range(3, 62))
+    for layer_id, row in zip(placement.layer_ids, placement.phys_to_log_LS, strict=True):
+        assert config.get_layer_initial_global_assignments(layer_id) == row.tolist()
+
+
+def test_from_recording_to_a_loaded_plan_of_omni(expert_mapping, eplb_command):
+    """The page on Omni-placement, from start to end."""
+    folder = Path("decoder")
+    folder.mkdir()
+    for step, window in enumerate(counts(3, 58)):
+        text = "".join("\t".join(map(str, row)) + "\t\n" for row in window.tolist())
+        (folder / f"activation_counts_recordstep_{step}_rank_0.txt").write_text(text)
+    eplb_command("profile convert decoder --model deepseek-v3 -o decode.npz")
+    eplb_command(f"plan decode.npz {TOPOLOGY} -o plan.yaml")
+    out = eplb_command("export plan.yaml --to omni -o pattern.npy")
+    lines = [line.strip() for line in out.partition("# that config.yaml")[2].splitlines()]
+    Path("config.yaml").write_text("\n".join(lines) + "\n")
+    placement = read_plan("plan.yaml").placement
+    assert placement.layer_ids == tuple(range(3, 61))
+    mapping = expert_mapping("config.yaml", 0)
+    for layer, ranks in enumerate(placement.phys_to_log_LS.reshape(58, 16, 20).tolist()):
+        for rank, experts in enumerate(ranks):
+            held = mapping.placement_pattern[rank, layer].nonzero().flatten()
+            assert held.tolist() == sorted(experts)

@@ -1,18 +1,18 @@
 """SGLang's loader of expert locations, its algorithms and its plug-in framework, on our files."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from with_engines.conftest import plan_of_layers, share_a_rank
+from with_engines.conftest import TOPOLOGY, counts, plan_of_layers, share_a_rank
 
-from eplb.cli.main import main
 from eplb.engines.convert import export_plan, import_plan
 from eplb.errors import InvalidInput
 from eplb.model import model_preset
-from eplb.plan_file import write_plan
+from eplb.plan_file import read_plan, write_plan
 from eplb.profiles import read_profile
 from eplb.runtime import sglang_algorithm
 
@@ -118,7 +118,7 @@ def test_with_all_to_all_a_file_is_split_by_nearness_whatever_the_dispatch(plan,
         assert (served.logical_to_all_physical_map[3, own, 0] // 20 == 5).all()
 
 
-def test_two_replicas_on_a_rank_would_lose_weights(plan, path, serve, tmp_path):
+def test_two_replicas_on_a_rank_would_lose_weights(plan, serve, tmp_path):
     """Why they are refused: the rank loads one of them, and others send tokens to the other."""
     rows_LS = plan.placement.phys_to_log_LS.copy()
     expert, first, second = share_a_rank(rows_LS[0], 20)
@@ -134,11 +134,9 @@ def test_two_replicas_on_a_rank_would_lose_weights(plan, path, serve, tmp_path):
         for rank in range(16)
     }
     assert second in used
-    from dataclasses import replace
-
     shared = replace(plan, placement=replace(plan.placement, phys_to_log_LS=rows_LS))
     with pytest.raises(InvalidInput, match="weights of the second replica are not loaded"):
-        export_plan(shared, "sglang", path)
+        export_plan(shared, "sglang", tmp_path / "refused.pt")
 
 
 def test_recorded_loads_are_what_the_recorder_means(sglang, tmp_path):
@@ -236,31 +234,19 @@ def export_plan_lines(plan):
     return SGLANG.launch(plan, plan.placement, "file.pt", "plan.yaml")
 
 
-def test_from_recording_to_a_loaded_plan(serve, tmp_path, capsys):
+def test_from_recording_to_a_loaded_plan(serve, eplb_command):
     """The page on SGLang, from start to end: record, plan, export, load, check."""
-    random = np.random.default_rng(2)
-    counts = torch.tensor(random.poisson(random.lognormal(3, 1, (61, 256)), (4, 61, 256)))
-    counts[:, :3] = 0
-    torch.save({"rank": 0, "logical_count": counts.int()}, tmp_path / "dump.pt")
-    plan, location = tmp_path / "plan.yaml", tmp_path / "location.pt"
-    for words in (
-        ["plan", tmp_path / "dump.pt", "--model", "deepseek-v3", "--nodes", 4,
-         "--ranks-per-node", 4, "--slots-per-rank", 20, "-o", plan],
-        ["export", plan, "--to", "sglang", "-o", location],
-        ["import", location, "--from", "sglang", "--nodes", 4, "--ranks-per-node", 4,
-         "--model", "deepseek-v3", "-o", tmp_path / "back.yaml"],
-    ):  # fmt: skip
-        with pytest.raises(SystemExit) as stop:
-            main([str(word) for word in words])
-        assert not stop.value.code, capsys.readouterr().err
-    assert "--init-expert-location" in capsys.readouterr().out
-    served = serve(location, 3)
-    from eplb.plan_file import read_plan
-
-    assert np.array_equal(
-        served.physical_to_logical_map[3:].numpy(),
-        read_plan(tmp_path / "back.yaml").placement.phys_to_log_LS,
-    )
+    recorded = torch.tensor(counts(4, 61))
+    recorded[:, :3] = 0
+    torch.save({"rank": 0, "logical_count": recorded.int()}, "dump.pt")
+    eplb_command(f"plan dump.pt {TOPOLOGY} --split nearest -o plan.yaml")
+    out = eplb_command("export plan.yaml --to sglang -o location.pt")
+    assert "--ep-dispatch-algorithm static" in out
+    served = serve("location.pt", 3).physical_to_logical_map[3:].numpy()
+    assert np.array_equal(served, read_plan("plan.yaml").placement.phys_to_log_LS)
+    eplb_command("import location.pt --from sglang --nodes 4 --ranks-per-node 4 --model "
+                 "deepseek-v3 -o back.yaml")  # fmt: skip
+    assert read_plan("back.yaml").placement == read_plan("plan.yaml").placement
 
 
 def test_plans_without_multi_token_prediction_need_no_remark(path):

@@ -7,12 +7,13 @@ from importlib.metadata import entry_points
 
 import numpy as np
 import pytest
+from with_engines.conftest import TOPOLOGY, counts
 from with_engines.vllm_ranks import EXPERTS, LAYERS, RANKS, SLOTS, serve_rank
 
 from eplb.engines.vllm import VLLM
 from eplb.errors import InvalidInput
 from eplb.placement.keep_slots import count_moves
-from eplb.plan_file import write_plan
+from eplb.plan_file import read_plan, write_plan
 from eplb.profiles import read_profile
 from eplb.runtime import vllm_policy
 
@@ -180,3 +181,25 @@ def test_options_that_are_printed_exist(vllm, plan):
         assert f'"{flag}"' in arguments, flag
     assert "initial_mapping_path" in pending
     assert "initial_mapping_path" not in declared  # once it is there, the page can say so
+
+
+def test_from_recording_to_a_served_plan(vllm, plugged, registry, monkeypatch, eplb_command):
+    """The page on vLLM, from start to end: record around its own policy, plan, serve, check."""
+    monkeypatch.setenv("EPLB_RECORD", "loads.jsonl")
+    held = torch.arange(320).repeat(58, 1) % 256
+    recording = plugged("")
+    for load in counts(3, 58):
+        held = recording.rebalance_experts(torch.tensor(load), 320, 8, 4, 16, held)
+    monkeypatch.delenv("EPLB_RECORD")
+    registry["default"] = vllm.load("vllm.distributed.eplb.policy.default").DefaultEplbPolicy
+    eplb_command("profile convert loads.58x256.jsonl --model deepseek-v3 -o loads.npz")
+    eplb_command(f"plan loads.npz {TOPOLOGY} -o plan.yaml")
+    out = eplb_command("export plan.yaml --to vllm -o mapping.json")
+    assert "EPLB_POLICY=" in out
+    served = plugged("plan.yaml").rebalance_experts(skewed(0, 58, 256), 320, 8, 4, 16, held)
+    plan = read_plan("plan.yaml")
+    assert plan.placement.layer_ids == tuple(range(3, 61))
+    assert np.array_equal(served.numpy(), plan.placement.phys_to_log_LS)
+    eplb_command("import mapping.json --from vllm --nodes 4 --ranks-per-node 4 --model "
+                 "deepseek-v3 -o back.yaml")  # fmt: skip
+    assert read_plan("back.yaml").placement == plan.placement

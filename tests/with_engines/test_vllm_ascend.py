@@ -1,18 +1,21 @@
 """vLLM-Ascend's loader of expert maps and its tables, on our files."""
 
 import ast
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from with_engines.conftest import share_a_rank
+from with_engines.conftest import TOPOLOGY, counts, share_a_rank
 
 from eplb.engines.convert import export_plan, import_plan
 from eplb.engines.vllm_ascend import VLLM_ASCEND
 from eplb.errors import InvalidInput
 from eplb.model import model_preset
+from eplb.plan_file import read_plan
 
 torch = pytest.importorskip("torch")
 
@@ -74,7 +77,7 @@ def test_two_replicas_on_a_rank_would_shift_all_others(plan, path, init):
     rows_LS = plan.placement.phys_to_log_LS.copy()
     share_a_rank(rows_LS[0], 20)
     # Rank 0 gets them, whose number of experts counts the slots of all.
-    order = np.roll(np.arange(16), 0)
+    order = np.arange(16)
     shared_rank = next(r for r in range(16) if len(set(rows_LS[0, r * 20 : r * 20 + 20])) < 20)
     order[[0, shared_rank]] = shared_rank, 0
     rows_LS = rows_LS.reshape(-1, 16, 20)[:, order].reshape(-1, 320)
@@ -94,9 +97,6 @@ def test_what_the_engine_records_is_read(loader, plan, path):
         node for node in ast.walk(tree)
         if isinstance(node, ast.FunctionDef) and node.name == "_export_tensor_to_file"
     )  # fmt: skip
-    import json
-    from typing import Any
-
     scope = {"json": json, "Any": Any}
     exec(compile(ast.Module([method], []), "adaptor", "exec"), scope)  # noqa: S102
     rows_LRK = plan.placement.phys_to_log_LS[:-1].reshape(58, 16, 20)
@@ -118,3 +118,18 @@ def test_options_that_are_printed_exist(loader, plan):
     assert keys == ["expert_map_path"]
     assert f'"{keys[0]}": None' in config
     assert '"eplb_config"' in loader.release.text("ascend_config.py")
+
+
+def test_from_recording_to_a_loaded_plan(init, eplb_command):
+    """The page on vLLM-Ascend, from start to end."""
+    torch.save(torch.tensor(counts(1, 58)[0]), "workload.pt")
+    eplb_command("profile convert workload.pt --model deepseek-v3 -o loads.npz")
+    eplb_command(f"plan loads.npz {TOPOLOGY} -o plan.yaml")
+    eplb_command("export plan.yaml --to vllm-ascend -o expert_map.json")
+    rows_LS = read_plan("plan.yaml").placement.phys_to_log_LS
+    for layer_id in (0, 57):
+        maps, _, _, redundant = init("expert_map.json", layer_id, 0)
+        assert redundant == 64
+        for rank in range(16):
+            experts = torch.argsort(maps[rank])[-20:]
+            assert experts.tolist() == rows_LS[layer_id, rank * 20 : rank * 20 + 20].tolist()
