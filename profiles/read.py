@@ -55,8 +55,9 @@ def _read_folder(source: Source) -> LoadProfile:
     if any(source.path.glob("activation_counts_recordstep_*")):
         return omni.read_statistics(source)
     raise InvalidInput(
-        f"{source.name} is a directory without {tensorrt_llm_statistics.META} (TensorRT-LLM) or "
-        "activation_counts_recordstep_* (Omni-placement); name a profile file"
+        f"{source.name} is a directory; name a profile file, or a folder with "
+        f"{tensorrt_llm_statistics.META} (TensorRT-LLM) or activation_counts_recordstep_* "
+        "(Omni-placement)"
     )
 
 

@@ -16,7 +16,7 @@ from eplb.load_profile import LoadProfile
 from eplb.model import MODEL_PRESETS, MoEModel
 from eplb.slots import Placement, initial_placement
 
-__all__ = ["decoder_layers", "for_engine", "from_engine", "with_decoder_ids"]
+__all__ = ["for_engine", "from_engine", "with_decoder_ids"]
 
 # More layers of multi-token prediction than any model has.
 MAX_MTP_LAYERS = 8
@@ -29,7 +29,7 @@ _UNTOLD = {
 }
 
 
-def decoder_layers(model: MoEModel) -> tuple[int, ...]:
+def _decoder_layers(model: MoEModel) -> tuple[int, ...]:
     """Return the decoder layers with experts, without those of multi-token prediction.
 
     A plan knows the layers that it was made for; which ones there are in all is known of presets.
@@ -67,7 +67,7 @@ def for_engine(
     InvalidInput
         The plan places experts in a decoder layer that has none.
     """
-    known = tuple(moe_layers) if moe_layers is not None else decoder_layers(model)
+    known = tuple(moe_layers) if moe_layers is not None else _decoder_layers(model)
     num_layers = model.num_layers if model.num_layers is not None else known[-1] + 1
     planned = set(placement.layer_ids)
     strange = sorted(i for i in planned - set(known) if i < num_layers)

@@ -130,7 +130,8 @@ def read_statistics(source: Source, placement: Placement | None = None) -> LoadP
         if sorted(of_step) != ranks:
             odd = min(set(ranks) ^ set(of_step))
             raise InvalidInput(f"{source.name}: step {step} has no dump of rank {odd}")
-        window = np.concatenate([_table(of_step[rank]) for rank in ranks], axis=1)
+        with parsing(source, "recording"):
+            window = np.concatenate([_table(of_step[rank]) for rank in ranks], axis=1)
         if windows and window.shape != windows[0].shape:
             raise InvalidInput(
                 f"{source.name}: step {step} has [layers, slots] {list(window.shape)} and another "

@@ -195,6 +195,7 @@ def test_dumps_through_the_placement_that_was_served(dumps):
         ({(0, 0): [[10**30, 2]]}, "not a readable table of counts"),
         ({(0, 0): [[-1, 2]]}, "negative"),
         ({(0, 0): []}, "not a readable table of counts"),
+        ({(0, 0): [[1]], (0, 1): [[1], [2]]}, "decoder is not a readable recording"),
     ],
 )
 def test_bad_dumps(dumps, files, message):
@@ -204,5 +205,7 @@ def test_bad_dumps(dumps, files, message):
 
 
 def test_other_folders(tmp_path):
-    with pytest.raises(InvalidInput, match=r"is a directory without meta_info\.json"):
+    with pytest.raises(
+        InvalidInput, match=r"is a directory; name a profile file, or a folder with meta_info\.json"
+    ):
         read_profile(tmp_path)
