@@ -2,7 +2,8 @@
 
 Source: omni-ai-npu/omni-infer at c8bc2bb, omni/accelerators/placement: omni_planner/
 expert_mapping.py (ExpertMapping) for the pattern [devices, layers with experts, experts] of 0 and
-1, omni_planner/cpp/expert_activation.cpp for the dumps. A device holds its experts in order of
+1, omni_planner/cpp/placement_mapping.cpp for which replica a rank uses, omni_planner/cpp/
+expert_activation.cpp for the dumps. A device holds its experts in order of
 their ids, so the order of slots is lost; layers may have different numbers of slots.
 """
 
@@ -192,9 +193,13 @@ def _logical(counts_WLS: IntArray, placement: Placement, source: Source) -> IntA
 
 
 def _remarks(plan: Plan) -> tuple[str, ...]:
+    """Tell what is lost; replicas are chosen by PlacementMapping::update_selector_layer."""
     remarks = ["the order of slots on a rank is lost: a device holds its experts by id"]
-    if plan.split != "even":
-        remarks.append(f"replicas are chosen by the engine's own table, not {plan.split!r}")
+    if plan.split != "nearest":
+        remarks.append(
+            f"a rank uses its own replica, else one of its node, else one of all: nearest, not "
+            f"{plan.split!r}; check the balance with `eplb evaluate --split nearest`"
+        )
     return tuple(remarks)
 
 

@@ -128,9 +128,9 @@ def test_refused_and_reported(tmp_path, name, suffix):
 def test_what_becomes_of_the_split_rule_is_said(tmp_path, name, split):
     plan = replace(_plan([[0, 1, 0, 2]]), split=split)
     export = export_plan(plan, name, tmp_path / f"file{ENGINES[name].suffixes[0]}")
-    keeps = name in {"vllm", "tensorrt-llm", "omni"} and split == "even"
+    kept_by = {"even": {"vllm", "tensorrt-llm"}, "nearest": {"omni"}}[split]
     said = any("even" in r or "near" in r or "first one of its node" in r for r in export.remarks)
-    assert said != keeps
+    assert said != (name in kept_by)
 
 
 def test_layers_that_the_plan_lacks_are_filled_in_and_said(tmp_path):
