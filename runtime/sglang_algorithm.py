@@ -5,6 +5,8 @@ SGLang loads the entry point ``sglang.srt.plugins`` in each of its processes, an
 ``eplb_algorithms.rebalance_experts``, at start for ``--init-expert-location`` with
 ``logical_count``, and while it serves with ``--enable-eplb``. Placements made there keep all
 replicas for every rank, where a map from a file is cut down to the nearest one.
+
+Shape letters: L layers, E logical experts, S slots.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ closed dict (vllm/distributed/eplb/policy/__init__.py, 0.33.0), whose keys the c
 and asynchronous rebalancing is only allowed with the one named ``default``: so that is the name
 under which our policy goes, and only where ``EPLB_POLICY`` asks for it. With ``EPLB_RECORD`` the
 loads that any policy gets are appended to a file, since this release writes none.
+
+Shape letters: L layers, E logical experts, S slots.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Refused is what an engine would load as something else, or not at all; reported is what it loads and
 then treats otherwise than the plan says.
+
+Shape letters: L layers, R ranks, S slots, K slots of a rank.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ expert_mapping.py (ExpertMapping) for the pattern [devices, layers with experts,
 1, omni_planner/cpp/placement_mapping.cpp for which replica a rank uses, omni_planner/cpp/
 expert_activation.cpp for the dumps. A device holds its experts in order of
 their ids, so the order of slots is lost; layers may have different numbers of slots.
+
+Shape letters: W windows, L layers, E logical experts, R ranks, S slots, K slots of a rank.
 """
 
 from __future__ import annotations

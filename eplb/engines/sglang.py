@@ -5,7 +5,7 @@ file is a dict with ``physical_to_logical_map`` [decoder layers, slots] and no o
 dict is passed on as keyword arguments. Dense layers have rows too, and each row has to hold every
 expert: the loader divides by the number of its slots. A draft model of multi-token prediction gets
 no placement (ExpertLocationDispatchInfo.init_new returns none for it).
-Recorder dumps are read by :mod:`eplb.engines.sglang_dump`.
+Recorder dumps are read by :mod:`eplb.engines.sglang_dump`. Shape letters: L layers, S slots.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Source: NVIDIA/TensorRT-LLM, tensorrt_llm/llmapi/llm_args.py, MoeLoadBalancerConfig (a strict
 pydantic model: unknown keys are refused; a layer that is not in a given map is a KeyError). Read on
-the main branch, as released wheels are not on the package index.
+the main branch, as released wheels are not on the package index. Shape letters: L layers, S slots.
 """
 
 from __future__ import annotations

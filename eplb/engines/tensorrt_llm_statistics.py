@@ -3,7 +3,7 @@
 Source: NVIDIA/TensorRT-LLM, examples/wide_ep/ep_load_balancer/utils.py, load_expert_statistic.
 Each rank's file maps ``{iteration}_{layer}`` to counts [experts] of the tokens of that rank; the
 sum over ranks is the load. Layers are decoder ids. Files ``*_raw.safetensors`` hold choices of
-single tokens, not counts.
+single tokens, not counts. Shape letters: W windows, L layers, E logical experts.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ through its rebalancing. The formats here are those of the open pull request 411
 vllm-project/vllm: ``initial_mapping_path`` (JSON) and ``expert_load_stats_path`` (JSON lines).
 Layers are counted among those with experts; a draft model of multi-token prediction is a model of
 its own.
+
+Shape letters: W windows, L layers, E logical experts, S slots.
 """
 
 from __future__ import annotations
@@ -125,14 +127,14 @@ def read_statistics(source: Source) -> LoadProfile:
         if record["record_type"] in _OTHER_RECORDS:
             continue
         _check_record(record, _LOADS, source, at)
-        map_LP, load_LP = _arrays(record, source, at)
-        if maps and map_LP.shape != maps[0].shape:
+        map_LS, load_LS = _arrays(record, source, at)
+        if maps and map_LS.shape != maps[0].shape:
             raise InvalidInput(
-                f"{source.name}{at} has [layers, slots] {list(map_LP.shape)} and an earlier record "
+                f"{source.name}{at} has [layers, slots] {list(map_LS.shape)} and an earlier record "
                 f"{list(maps[0].shape)}; keep recordings of different servers apart"
             )
-        maps.append(map_LP)
-        loads.append(load_LP)
+        maps.append(map_LS)
+        loads.append(load_LS)
         steps.append(record.get("step"))
     if not maps:
         raise InvalidInput(f"{source.name} has no record of the type {_LOADS!r}")
@@ -172,7 +174,7 @@ def _check_record(record: Mapping[str, Any], kind: str, source: Source, at: str)
 
 
 def _arrays(record: Mapping[str, Any], source: Source, at: str) -> tuple[Any, Any]:
-    """Return the map and the loads of a record, both [L, P]."""
+    """Return the map and the loads of a record, both [L, S]."""
     arrays = []
     for key in ("p2l_map", "expert_load"):
         try:
@@ -184,25 +186,25 @@ def _arrays(record: Mapping[str, Any], source: Source, at: str) -> tuple[Any, An
                 f"{source.name}{at}: {key} must be numbers [layers, slots], all rows of one length"
             )
         arrays.append(array)
-    map_LP, load_LP = arrays
-    if map_LP.shape != load_LP.shape:
+    map_LS, load_LS = arrays
+    if map_LS.shape != load_LS.shape:
         raise InvalidInput(
-            f"{source.name}{at}: p2l_map is {list(map_LP.shape)} and expert_load "
-            f"{list(load_LP.shape)}; they must agree"
+            f"{source.name}{at}: p2l_map is {list(map_LS.shape)} and expert_load "
+            f"{list(load_LS.shape)}; they must agree"
         )
     # -1: a slot that elastic expert parallelism took out of service.
-    if map_LP.min() < -1 or map_LP.max() > MAX_EXPERTS:
+    if map_LS.min() < -1 or map_LS.max() > MAX_EXPERTS:
         raise InvalidInput(f"{source.name}{at}: p2l_map has ids outside -1 to {MAX_EXPERTS}")
-    return map_LP, load_LP
+    return map_LS, load_LS
 
 
-def _logical(load_WLP: Any, map_WLP: Any) -> FloatArray:
+def _logical(load_WLS: Any, map_WLS: Any) -> FloatArray:
     """Return the loads of logical experts, summed over their slots, shape [W, L, E]."""
-    num_windows, num_layers, _ = load_WLP.shape
-    num_experts = int(map_WLP.max()) + 1
+    num_windows, num_layers, _ = load_WLS.shape
+    num_experts = int(map_WLS.max()) + 1
     load_WLE = np.zeros((num_windows, num_layers, num_experts + 1))
     window, layer = np.ogrid[:num_windows, :num_layers]
-    np.add.at(load_WLE, (window[..., np.newaxis], layer[..., np.newaxis], map_WLP), load_WLP)
+    np.add.at(load_WLE, (window[..., np.newaxis], layer[..., np.newaxis], map_WLS), load_WLS)
     return load_WLE[:, :, :-1]
 
 

@@ -5,6 +5,8 @@ generate_log2phy_map) and ascend_config.py (EplbConfig). Layers are counted by t
 they are made, the draft layer of multi-token prediction comes after ``moe_layer_count`` and gets
 the number of slots of layer 0 without a placement. Recorded loads are a bare tensor
 [layers, experts], which :mod:`eplb.engines.sglang_dump` reads.
+
+Shape letters: L layers, R ranks, S slots, K slots of a rank.
 """
 
 from __future__ import annotations
