@@ -95,13 +95,15 @@ def _row(layer: object, index: int, num_ranks: int, source: Source) -> list[int]
         device = check_keys(entry, ("device_id", "device_expert"), (), source, there)
         whole_number(device["device_id"], f"{there[2:]}.device_id", source, j, j)
         experts = device["device_expert"]
-        first = devices[0]["device_expert"] if j else experts
-        if not isinstance(experts, list) or not experts or len(experts) != len(first):
-            count = len(experts) if isinstance(experts, list) else quoted(experts)
+        if not isinstance(experts, list) or not experts:
             raise InvalidInput(
-                f"{source.name}{there}: device_expert has {count} experts and device 0 has "
-                f"{len(first) if isinstance(first, list) else quoted(first)}; every device needs "
-                "the same number, at least 1"
+                f"{source.name}{there}: device_expert must be a list of expert ids, got "
+                f"{quoted(experts)}"
+            )
+        if len(row) != j * len(experts):
+            raise InvalidInput(
+                f"{source.name}{there}: device_expert has {len(experts)} experts and device 0 has "
+                f"{len(row) // j}; every device needs the same number"
             )
         row += experts
     return row

@@ -121,7 +121,7 @@ LAYERS = "initial_global_assignments"
         ("vllm-ascend", changed("vllm-ascend", moe_layer_count=2), "moe_layer_count is 2 and"),
         ("vllm-ascend", device(device_id=0), "device_id must be a whole number from 1 to 1, got 0"),
         ("vllm-ascend", device(device_expert=[2]), "has 1 experts and device 0 has 2; every"),
-        ("vllm-ascend", device(device_expert="2"), "device_expert has '2' experts"),
+        ("vllm-ascend", device(device_expert="2"), "must be a list of expert ids, got '2'"),
         ("vllm-ascend", device(more=1), "key 'more' is not one of device_id, device_expert"),
         ("vllm-ascend", GOOD["sglang"], "looks like a file of sglang"),
     ],
