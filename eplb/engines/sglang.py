@@ -80,10 +80,12 @@ def _remarks(plan: Plan) -> tuple[str, ...]:
             "all replicas of the node"
         )
     else:
+        keeps = "keep it with the plug-in" if plan.split == "even" else "plan for nearest"
         remark = (
             f"a map from a file is split by nearness, not {plan.split!r}, where an all-to-all "
-            "backend is on (under static and dynamic dispatch alike): check the balance with `eplb "
-            "evaluate --split nearest`, or keep it with the plug-in (see docs/engines/sglang.md)"
+            "backend is on (under static and dynamic dispatch alike), and evenly without one: "
+            f"check the balance with `eplb evaluate --split nearest`, or {keeps} (see "
+            "docs/engines/sglang.md)"
         )
     return (remark,)
 

@@ -133,6 +133,19 @@ def test_what_becomes_of_the_split_rule_is_said(tmp_path, name, split):
     assert said != (name in kept_by)
 
 
+@pytest.mark.parametrize("split", ["weighted", "batch"])
+@pytest.mark.parametrize("name", ENGINES)
+def test_split_rules_that_no_engine_has_are_named_and_the_slots_kept(tmp_path, name, split):
+    plan = _plan([[0, 1, 0, 2]])
+    weights = np.array([[0.25, 1, 0.75, 1]]) if split == "weighted" else None
+    placement = replace(plan.placement, split_weights_LS=weights)
+    plan = replace(plan, split=split, placement=placement)
+    path = tmp_path / f"file{ENGINES[name].suffixes[0]}"
+    assert any(f"not '{split}'" in remark for remark in export_plan(plan, name, path).remarks)
+    found = import_plan(path, name, num_nodes=1, ranks_per_node=2).plan
+    assert np.array_equal(found.placement.phys_to_log_LS, plan.placement.phys_to_log_LS)
+
+
 def test_layers_that_the_plan_lacks_are_filled_in_and_said(tmp_path):
     """A profile without load in some layer gives a plan without it; ordinals must not shift."""
     model = replace(model_preset("qwen3-30b-a3b"), layer_ids=(1, 2, 47))
