@@ -1,8 +1,8 @@
 """The solver as serving engines call it: loads and the placement in force in, a placement out.
 
 Which one is chosen by the environment variable ``EPLB_POLICY``, which every process of an engine
-inherits: ``global`` or ``hierarchical`` solve (DeepSeek's two policies), a plan file is served as
-it is. Unset, the engine's own policy stays in force. The engines' sides are
+inherits: ``global`` or ``hierarchical`` solve (DeepSeek's two policies), ``keep`` moves nothing, a
+plan file is served as it is. Unset, the engine's own policy stays in force. The engines' sides are
 :mod:`eplb.runtime.vllm_policy` and :mod:`eplb.runtime.sglang_algorithm`.
 
 Shape letters: L layers, E logical experts, S slots.
@@ -11,7 +11,7 @@ Shape letters: L layers, E logical experts, S slots.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -27,11 +27,20 @@ from eplb.placement.greedy import place_greedy
 from eplb.placement.keep_slots import keep_slots
 from eplb.plan import Plan
 from eplb.plan_file import read_plan
+from eplb.slots import initial_placement
 
-__all__ = ["VARIABLE", "EnginePolicy", "Request", "plan_policy", "policy_of", "solving_policy"]
+__all__ = [
+    "POLICIES",
+    "VARIABLE",
+    "EnginePolicy",
+    "Request",
+    "keep",
+    "plan_policy",
+    "policy_of",
+    "solving_policy",
+]
 
 VARIABLE = "EPLB_POLICY"
-_SOLVING = ("global", "hierarchical")
 
 logger = logging.getLogger(__name__)
 
@@ -85,10 +94,10 @@ def policy_of(environment: Mapping[str, str], rows: str) -> EnginePolicy | None:
     value = environment.get(VARIABLE)
     if not value:
         return None
-    if value in _SOLVING:
-        return solving_policy(hierarchical=value == "hierarchical")
+    if value in POLICIES:
+        return POLICIES[value]()
     if Path(value).suffix not in (".yaml", ".yml"):
-        error = unknown_name(f"policy in {VARIABLE}:", value, _SOLVING)
+        error = unknown_name(f"policy in {VARIABLE}:", value, POLICIES)
         raise InvalidInput(f"{error}, or the path of a plan (.yaml)")
     return plan_policy(read_plan(value), rows)
 
@@ -106,13 +115,11 @@ def solving_policy(*, hierarchical: bool) -> EnginePolicy:
     import_module("scipy.optimize")
 
     def place(request: Request) -> IntArray:
-        current_LS = request.current_LS
+        current_LS, whole_LS = request.current_LS, _in_force(request)
         idle_L = request.load_LE.sum(axis=1) <= 0
         num_experts = request.load_LE.shape[1]
-        same_shape = current_LS is not None and current_LS.shape[1] == request.num_slots
-        whole = same_shape and current_LS is not None and current_LS.min() >= 0
-        if whole and current_LS is not None and idle_L.all():
-            return current_LS
+        if whole_LS is not None and idle_L.all():
+            return whole_LS.copy()
         num_nodes = request.num_nodes if hierarchical else 1
         if request.num_groups % num_nodes:
             logger.warning(
@@ -131,14 +138,32 @@ def solving_policy(*, hierarchical: bool) -> EnginePolicy:
             # More slots a rank than experts leave no choice.
             distinct_ranks=slots_per_rank <= num_experts // num_nodes,
         )
-        if not same_shape or current_LS is None:
+        if current_LS is None or current_LS.shape[1] != request.num_slots:
             return placed_LS
         placed_LS = keep_slots(placed_LS, current_LS, request.num_ranks, num_nodes)
-        if whole:
-            placed_LS[idle_L] = current_LS[idle_L]
+        if whole_LS is not None:
+            placed_LS[idle_L] = whole_LS[idle_L]
         return placed_LS
 
     return place
+
+
+def keep(request: Request) -> IntArray:
+    """Return the placement in force, or before there is one what engines start with."""
+    whole_LS = _in_force(request)
+    if whole_LS is not None:
+        return whole_LS.copy()
+    num_layers, num_experts = request.load_LE.shape
+    start = initial_placement(range(num_layers), num_experts, request.num_slots)
+    return start.phys_to_log_LS.copy()
+
+
+def _in_force(request: Request) -> IntArray | None:
+    """Return the placement in force if it has as many slots, and an expert in each."""
+    current_LS = request.current_LS
+    if current_LS is None or current_LS.shape[1] != request.num_slots or current_LS.min() < 0:
+        return None
+    return current_LS
 
 
 def plan_policy(plan: Plan, rows: str) -> EnginePolicy:
@@ -169,6 +194,13 @@ def plan_policy(plan: Plan, rows: str) -> EnginePolicy:
         return choices[num_layers].copy()
 
     return place
+
+
+POLICIES: dict[str, Callable[[], EnginePolicy]] = {
+    "global": lambda: solving_policy(hierarchical=False),
+    "hierarchical": lambda: solving_policy(hierarchical=True),
+    "keep": lambda: keep,
+}
 
 
 def _single(load_LE: FloatArray) -> NDArray[np.float32]:

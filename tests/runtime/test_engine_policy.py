@@ -19,7 +19,14 @@ from eplb.placement.keep_slots import count_moves
 from eplb.plan import Plan
 from eplb.plan_file import write_plan
 from eplb.profiles import read_profile
-from eplb.runtime.engine_policy import Request, plan_policy, policy_of, solving_policy
+from eplb.runtime.engine_policy import (
+    POLICIES,
+    Request,
+    keep,
+    plan_policy,
+    policy_of,
+    solving_policy,
+)
 from eplb.runtime.sglang_algorithm import make_algorithm
 from eplb.runtime.vllm_policy import make_policy, make_recorder
 from eplb.slots import Placement
@@ -80,6 +87,18 @@ def test_layers_without_load_keep_what_they_have():
     assert np.array_equal(solving_policy(hierarchical=False)(request_)[1], current[1])
 
 
+@given(requests())
+def test_keep_moves_nothing(request_):
+    kept = keep(request_)
+    current = request_.current_LS
+    if current is not None and current.shape == kept.shape and current.min() >= 0:
+        assert np.array_equal(kept, current)
+        assert kept.flags.writeable
+    else:
+        experts = request_.load_LE.shape[1]
+        assert (kept == np.arange(request_.num_slots) % experts).all()
+
+
 def test_groups_that_nodes_do_not_divide_are_placed_globally_with_a_warning(caplog):
     request_ = Request(load_LE=np.ones((1, 6)), num_slots=6, num_ranks=2, num_nodes=2, num_groups=3)
     with caplog.at_level(logging.WARNING):
@@ -120,7 +139,7 @@ def test_a_plan_answers_with_the_rows_that_the_engine_counts():
 def test_the_variable_names_a_policy_or_a_plan(tmp_path):
     assert policy_of({}, MOE_ORDINALS) is None
     assert policy_of({"EPLB_POLICY": ""}, MOE_ORDINALS) is None
-    for name in ("global", "hierarchical"):
+    for name in POLICIES:
         assert policy_of({"EPLB_POLICY": name}, MOE_ORDINALS) is not None
     write_plan(plan(), tmp_path / "plan.yaml")
     place = policy_of({"EPLB_POLICY": str(tmp_path / "plan.yaml")}, MOE_ORDINALS)
