@@ -4,15 +4,25 @@ import json
 
 import numpy as np
 import pytest
+from strategies import plan_of
 
 from eplb.cli.engine_options import ENGINE_NAMES
 from eplb.engines.convert import ENGINES
-from eplb.plan_file import read_plan
+from eplb.placement.greedy import place_greedy
+from eplb.plan_file import read_plan, write_plan
+from eplb.profiles import read_profile
+from eplb.slots import Placement
+from eplb.topology import Topology
 
 
 @pytest.fixture
-def plan(run, loads, small):
-    assert run("plan", loads / "day.npz", *small, "-o", "plan.yaml").code == 0
+def plan(run, loads):
+    """Return a plan of those loads in the current folder: 16 experts on 4 ranks of 5 slots."""
+    load_LE = read_profile(loads / "day.npz").mean_load_LE().astype(np.float32)
+    rows_LS, _ = place_greedy(load_LE, num_slots=20, num_ranks=4, distinct_ranks=True)
+    placement = Placement(phys_to_log_LS=rows_LS, layer_ids=(1, 2), num_experts=16)
+    topology = Topology(num_nodes=2, ranks_per_node=2, slots_per_rank=5)
+    write_plan(plan_of(placement, topology), "plan.yaml")
     return "plan.yaml"
 
 
@@ -105,8 +115,6 @@ def test_dumps_of_omni_are_read_through_the_plan_that_was_served(run, plan, tmp_
 def test_loads_as_sglang_plans_for_them_at_start(run, loads, suffix):
     assert run("profile", "convert", loads / "day.npz", "-o", f"counts{suffix}").code == 0
     assert run("profile", "convert", f"counts{suffix}", "-o", "back.npz").code == 0
-    from eplb.profiles import read_profile
-
     before, after = read_profile(loads / "day.npz"), read_profile("back.npz")
     assert np.array_equal(after.counts_WLE, before.counts_WLE)
     assert after.layer_ids == before.layer_ids
