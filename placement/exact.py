@@ -37,8 +37,11 @@ PROOF_GAP = 1e-6
 # Variables of the largest integer programme that is tried: building half a million takes seconds
 # and solving it hours.
 _LARGEST_MODEL = 500_000
-# Ranks up to which all cuts of the ranks (2^R) are written down.
+# Ranks up to which all cuts of the ranks (2^R) are written down, and windows from which on that
+# is better than a split of each window's own: its variables do not grow with the windows, and its
+# relaxation is weaker.
 _CUT_RANKS = 8
+_CUT_WINDOWS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -186,8 +189,7 @@ def _search(
             return rows, low, stop_reason
     # Under other rules than nearest the nodes do not count: all ranks are one node.
     flat = topology if split == "nearest" else _one_node(topology)
-    # With one window batch is weighted, which has the stronger relaxation.
-    by_cuts = split == "batch" and num_windows > 1 and topology.num_ranks <= _CUT_RANKS
+    by_cuts = split == "batch" and num_windows >= _CUT_WINDOWS and topology.num_ranks <= _CUT_RANKS
     if split in ("even", "nearest"):
         size = num_variables(flat, num_experts)
     elif by_cuts:

@@ -3,9 +3,9 @@
 ``batch``: by the duality of flows and cuts, the best split of a window has a largest rank load of
 the largest, over sets A of ranks, of the load that cannot leave A, over |A|. So one variable for
 each expert and set says "all its replicas are in A", shared by all windows, and the splits
-themselves drop out; all sets are written down, for few ranks (:func:`place_by_cuts`, CP-SAT).
-For more, and for ``weighted``, the fractions are variables beside the placement
-(:func:`place_by_fractions`, HiGHS).
+themselves drop out; all sets are written down, for few ranks and many windows
+(:func:`place_by_cuts`, CP-SAT). Otherwise, and for ``weighted``, the fractions are variables beside
+the placement (:func:`place_by_fractions`, HiGHS).
 Shape letters: W windows, E logical experts, S slots, R ranks.
 """
 
