@@ -25,6 +25,10 @@ __all__ = ["PairSolution", "counts_within", "pair_up", "search_pairs", "solve_pa
 _SLACK = 1e-9
 # An optimum is proven when nothing is this much better.
 _PROOF = 1e-6
+# Where it is not proven: how near to what counts can reach the bound is brought.
+_NARROW = 1e-4
+# With less time than this left no further target is tried.
+_LEAST_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -199,25 +203,37 @@ def solve_pairs(
         A bound known before.
     time_limit_s : float, optional
     """
+    # Numba takes a second to import, and only pairs need it.
+    from eplb.placement.pair_bound import pair_bounds  # noqa: PLC0415
+
     end_s = None if time_limit_s is None else time.perf_counter() + time_limit_s
     load_E = np.ascontiguousarray(load_E, np.float64)
     row = search_pairs(load_E, num_ranks, start_E=start_E, evaluations=20_000, seed=seed, low=low)
     best = _largest_pair(load_E, row)
-    while low < best * (1 - _PROOF):
+    low = min(best, max(low, load_E.sum() / num_ranks))
+    low = float(pair_bounds(load_E[np.newaxis], num_ranks, np.array([low]), np.array([best]))[0])
+    # From here on counts are known, or could not be decided in time.
+    high = best
+    while low < best * (1 - _PROOF) and low < high * (1 - _NARROW):
         left_s = None if end_s is None else end_s - time.perf_counter()
-        if left_s is not None and left_s <= 0:
+        if left_s is not None and left_s <= _LEAST_S:
             break
-        target = best * (1 - _PROOF)
-        count_E, final = counts_within(load_E, num_ranks, target, time_limit_s=left_s)
+        # Most often nothing is better than what the search found.
+        target = best * (1 - _PROOF) if high >= best else (low + high) / 2
+        # A third, so that lower targets, which are easier to refute, have their turn.
+        count_E, final = counts_within(
+            load_E, num_ranks, target, time_limit_s=None if left_s is None else left_s / 3
+        )
         if count_E is None:
-            low = max(low, target) if final else low
-            break
+            low, high = (target, high) if final else (low, target)
+            continue
         better = search_pairs(load_E, num_ranks, start_E=count_E, seed=seed, low=low)
         reached = _largest_pair(load_E, better)
-        if reached >= best:
-            # The counts fit, but not with an expert's replicas on distinct ranks.
-            break
-        row, best = better, reached
+        # Counts that fit may still put an expert's replicas on one rank.
+        high = target
+        if reached < best:
+            row, best = better, reached
+            high = min(high, best)
     return PairSolution(phys_to_log_S=row, objective=best, bound=min(low, best))
 
 

@@ -78,7 +78,7 @@ def test_sixty_experts_are_proven():
 def test_no_time_leaves_what_the_search_found():
     load_E = np.random.default_rng(1).lognormal(0, 0.8, 60)
     solved = solve_pairs(load_E, 34, time_limit_s=0.0, low=1.0)
-    assert solved.bound == 1.0
+    assert 0 < solved.bound <= solved.objective
     assert solved.objective == pytest.approx(largest_pair(load_E, solved.phys_to_log_S))
 
 
