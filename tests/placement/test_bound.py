@@ -95,7 +95,8 @@ def test_bound_of_many_windows_holds(split, counts):
             split=split,
         )
     )
-    assert 1 <= solution.bound <= solution.objective
+    # Up to rounding: windows are scaled to their mean before they are bounded.
+    assert 1 - 1e-12 <= solution.bound <= solution.objective
     assert solution.gap == pytest.approx(solution.objective / solution.bound - 1)
 
 
