@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from eplb.cli.options import Name, as_json, profile_arguments, read_windows, windows_option
+from eplb.cli.options import (
+    Name,
+    as_json,
+    phase_option,
+    profile_arguments,
+    read_windows,
+    windows_option,
+)
+from eplb.errors import InvalidInput
 from eplb.split import SPLIT_RULES
 
 if TYPE_CHECKING:
     from eplb.load_profile import LoadProfile
     from eplb.metrics import Balance
+    from eplb.noise import StepNoise
     from eplb.plan import Plan
 
 __all__ = ["command"]
@@ -32,14 +41,24 @@ __all__ = ["command"]
     help="Token routings [tokens, layers, top_k] (.npy, or FILE.npz:ARRAY): adds the tokens that "
     "ranks receive, each counted once a rank.",
 )
+@click.option(
+    "--tokens-per-step",
+    type=click.IntRange(min=1),
+    metavar="TOKENS",
+    help="Adds what steps of so many tokens would show: sampling noise, and the part of it that no "
+    "placement can remove.",
+)
 @windows_option
+@phase_option
 @as_json
 def command(
     plan_path: str,
     profiles: tuple[str, ...],
     split: str | None,
     routings: str | None,
+    tokens_per_step: int | None,
     windows: Any,
+    phase: str | None,
     json_: bool,
 ) -> None:
     """Score a plan on every window of some loads, without fitting anything.
@@ -49,20 +68,74 @@ def command(
     """
     from eplb.cli.show import progress
     from eplb.metrics import evaluate
+    from eplb.noise import step_noise
     from eplb.plan_file import read_plan
 
     plan = read_plan(plan_path)
     split = split or plan.split
     with progress("reading profiles"):
-        profile = read_windows(profiles, windows)
+        profile = read_windows(profiles, windows, phase)
     with progress("evaluating"):
         balance = evaluate(profile, plan.placement, plan.topology, split)
         tokens = None if routings is None else _tokens(routings, plan, split)
+        noise = (
+            None
+            if tokens_per_step is None
+            else step_noise(
+                profile,
+                plan.placement,
+                plan.topology,
+                split,
+                tokens_per_step=tokens_per_step,
+                top_k=_top_k(plan, profile),
+            )
+        )
     if json_:
-        report = {"plan": plan_path, "split": split, **balance.to_dict()}
-        click.echo(json.dumps(report if tokens is None else {**report, "receive_tokens": tokens}))
-    else:
-        _show(plan, profile, balance, split, tokens)
+        report: dict[str, object] = {"plan": plan_path, "split": split, **balance.to_dict()}
+        if tokens is not None:
+            report["receive_tokens"] = tokens
+        if noise is not None:
+            report["step_noise"] = noise.to_dict()
+        click.echo(json.dumps(report))
+        return
+    _show(plan, profile, balance, split, tokens)
+    if noise is not None:
+        _show_noise(noise, balance)
+
+
+def _top_k(plan: Plan, profile: LoadProfile) -> int:
+    """Return how many experts a token chooses, as far as plan or profile tell."""
+    if plan.model.top_k is not None:
+        return plan.model.top_k
+    if profile.tokens_W is not None and profile.tokens_W.sum() > 0:
+        return max(
+            1, round(profile.counts_WLE.sum(axis=2).max(axis=1).sum() / profile.tokens_W.sum())
+        )
+    raise InvalidInput(
+        "--tokens-per-step needs to know how many experts a token chooses, and neither the plan "
+        "nor the profile says; plan with --model, or record tokens"
+    )
+
+
+def _show_noise(noise: StepNoise, balance: Balance) -> None:
+    from eplb.cli import show
+
+    grid = show.table(f"steps of {show.rows(noise.tokens_per_step)} tokens", "imbalance")
+    grid.add_row("as recorded", show.ratio(balance.imbalance_mean))
+    grid.add_row("expected of a step, mean", show.ratio(noise.imbalance_mean))
+    grid.add_row("expected of a step, p95", show.ratio(noise.imbalance_p95))
+    if noise.floor is not None:
+        grid.add_row("noise that no placement removes", show.ratio(noise.floor))
+    out = show.console()
+    out.print()
+    out.print(grid)
+    enough = "long enough to plan from" if noise.long_enough else "too short: record more"
+    out.print(
+        f"The recording has {show.rows(noise.recorded_choices)} token-expert pairs a layer, whose "
+        f"own noise is worth {noise.recording_noise:.4f}: {enough}."
+    )
+    if noise.dispersion > 1:
+        out.print(f"Loads vary {noise.dispersion:.1f} times as much as independent choices would.")
 
 
 def _tokens(routings: str, plan: Plan, split: str) -> dict[str, float]:
