@@ -108,9 +108,8 @@ def _top_k(plan: Plan, profile: LoadProfile) -> int:
     if plan.model.top_k is not None:
         return plan.model.top_k
     if profile.tokens_W is not None and profile.tokens_W.sum() > 0:
-        return max(
-            1, round(profile.counts_WLE.sum(axis=2).max(axis=1).sum() / profile.tokens_W.sum())
-        )
+        choices = float(profile.counts_WLE.sum(axis=2).max(axis=1).sum())
+        return max(1, round(choices / float(profile.tokens_W.sum())))
     raise InvalidInput(
         "--tokens-per-step needs to know how many experts a token chooses, and neither the plan "
         "nor the profile says; plan with --model, or record tokens"

@@ -89,7 +89,8 @@ class Placement:
                 "needs a slot, or its tokens would be lost"
             )
         if self.split_weights_LS is not None:
-            weights_LS = frozen_array(self.split_weights_LS, np.float64)
+            # As many digits as a plan file has, so that a plan is the same before and after.
+            weights_LS = frozen_array(np.round(self.split_weights_LS, 9), np.float64)
             _check_weights(weights_LS, self)
             object.__setattr__(self, "split_weights_LS", weights_LS)
 
