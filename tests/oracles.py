@@ -1,8 +1,8 @@
 """Slow references that are easy to see right. They share no code with what they judge.
 
 ``deepseek_rebalance``: DeepSeek's algorithm, from its description. ``optimal_max_rank_load`` and
-``optimal_imbalance_mean``: brute force over tiny cases. ``share_of_slots`` and
-``rank_loads``: split rules by enumeration, in fractions.
+``optimal_imbalance_mean``: brute force over tiny cases. ``share_of_slots``,
+``rank_loads`` and ``best_split_max_load``: split rules by enumeration, in fractions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 from math import lcm
 
 import numpy as np
@@ -186,12 +186,34 @@ def share_of_slots(row: Sequence[int], topology, split: str) -> list[Fraction]:
     return share
 
 
-def rank_loads(load_E: Sequence[float], row: Sequence[int], topology, split: str) -> list[Fraction]:
-    """Return what each rank receives of one layer's loads in one window."""
+def rank_loads(
+    load_E: Sequence[float], row: Sequence[int], topology, split: str, weights=None
+) -> list[Fraction]:
+    """Return what each rank receives of one layer's loads in one window.
+
+    ``weights`` are the fractions of the slots under ``weighted``.
+    """
     loads = [Fraction(0)] * (topology.num_nodes * topology.ranks_per_node)
-    for slot, (expert, share) in enumerate(
-        zip(row, share_of_slots(row, topology, split), strict=True)
-    ):
+    shares = share_of_slots(row, topology, split) if weights is None else map(Fraction, weights)
+    for slot, (expert, share) in enumerate(zip(row, shares, strict=True)):
         if expert >= 0:
             loads[slot // topology.slots_per_rank] += share * Fraction(load_E[expert])
     return loads
+
+
+def best_split_max_load(load_E: Sequence[float], row: Sequence[int], topology) -> Fraction:
+    """Return the smallest largest rank load that one window can be split to, exactly.
+
+    By the theorem of maximum flow and minimum cut: whatever set of experts is taken, its load has
+    only the ranks that hold them to go to, and the tightest set decides. All sets are tried.
+    """
+    ranks_of: dict[int, set[int]] = {}
+    for slot, expert in enumerate(row):
+        if expert >= 0:
+            ranks_of.setdefault(expert, set()).add(slot // topology.slots_per_rank)
+    best = Fraction(0)
+    for size in range(1, len(ranks_of) + 1):
+        for experts in combinations(ranks_of, size):
+            ranks = set().union(*(ranks_of[e] for e in experts))
+            best = max(best, sum(Fraction(load_E[e]) for e in experts) / len(ranks))
+    return best

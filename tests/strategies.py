@@ -5,6 +5,8 @@ Shape letters: W windows, L layers, E logical experts, S slots.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -14,7 +16,9 @@ from eplb.plan import Plan
 from eplb.slots import Placement
 from eplb.topology import Topology
 
+# Rules that follow from the slots alone; `weighted` needs fractions and `batch` has them a window.
 SPLITS = ("even", "nearest")
+ALL_SPLITS = (*SPLITS, "weighted", "batch")
 
 SEVERITIES = ("uniform", "noisy", "zipf", "hot", "zeros", "ties", "huge", "tiny")
 
@@ -147,7 +151,29 @@ def placements(
 
 
 @st.composite
-def cases(draw, *, distinct: bool = False, empties: bool = True, idle: bool = True):
+def weighted(draw, placement: Placement):
+    """The placement with fractions: some of them 0, some experts' all on one slot."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows = placement.phys_to_log_LS
+    raw_LS = np.where(rows >= 0, rng.exponential(size=rows.shape), 0.0)
+    raw_LS[rng.random(rows.shape) < draw(st.sampled_from([0.0, 0.5]))] *= 1e-9
+    weights_LS = np.zeros(rows.shape)
+    for row, raw_S, weights_S in zip(rows, raw_LS, weights_LS, strict=True):
+        for expert in set(row.tolist()) - {-1}:
+            held = row == expert
+            weights_S[held] = raw_S[held] / raw_S[held].sum()
+    return replace(placement, split_weights_LS=weights_LS)
+
+
+@st.composite
+def cases(
+    draw,
+    *,
+    distinct: bool = False,
+    empties: bool = True,
+    idle: bool = True,
+    splits: tuple[str, ...] = SPLITS,
+):
     """(profile, placement, topology, split) that fit each other."""
     profile = draw(profiles(idle=idle))
     topology = draw(topologies(min_slots=profile.num_experts))
@@ -156,7 +182,10 @@ def cases(draw, *, distinct: bool = False, empties: bool = True, idle: bool = Tr
             profile.num_experts, profile.layer_ids, topology, empties=empties, distinct=distinct
         )
     )
-    return profile, placement, topology, draw(st.sampled_from(SPLITS))
+    split = draw(st.sampled_from(splits))
+    if split == "weighted":
+        placement = draw(weighted(placement))
+    return profile, placement, topology, split
 
 
 @st.composite

@@ -13,9 +13,10 @@ OPTIONS = {
         "--ranks-per-node", "--split", "-o",
     },
     "plan": {
-        "PROFILE...", "--groups", "--hierarchical", "--json", "--model", "--nodes", "--objective",
-        "--output", "--ranks-per-node", "--seed", "--shared-ranks", "--slots-per-rank", "--solver",
-        "--split", "--time-limit", "--topology", "--windows", "-o",
+        "PROFILE...", "--groups", "--hierarchical", "--holdout", "--json", "--model", "--nodes",
+        "--objective", "--output", "--phase", "--previous", "--ranks-per-node", "--recorded-only",
+        "--seed", "--shared-ranks", "--slots-per-rank", "--solver", "--split", "--sweeps",
+        "--time-limit", "--topology", "--windows", "-o",
     },
     "profile convert": {
         "PROFILE...", "--json", "--model", "--moe-layers", "--output", "--phase", "--placement",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,12 +11,12 @@ import pytest
 import strategies as own
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import rank_loads
+from oracles import best_split_max_load, rank_loads
 
 from eplb.check import rescore
 from eplb.errors import InvalidInput, PlacementInvalid
 from eplb.load_profile import LoadProfile
-from eplb.metrics import evaluate, imbalance, rank_load
+from eplb.metrics import evaluate, imbalance, rank_load, tail_mean
 from eplb.slots import Placement, initial_placement
 from eplb.topology import Topology
 
@@ -24,8 +25,13 @@ def naive_loads(case: Any) -> dict[tuple[int, int], list[float]]:
     """Rank loads by (window, layer), where there are any."""
     profile, placement, topology, split = case
     rows = placement.of_layers(profile.layer_ids).tolist()
+    weights_LS = placement.split_weights_LS
+    weights = [None] * len(rows) if weights_LS is None else weights_LS.tolist()
     return {
-        (w, layer): [float(x) for x in rank_loads(load_E.tolist(), rows[layer], topology, split)]
+        (w, layer): [
+            float(x)
+            for x in rank_loads(load_E.tolist(), rows[layer], topology, split, weights[layer])
+        ]
         for w, load_LE in enumerate(profile.counts_WLE)
         for layer, load_E in enumerate(load_LE)
         if load_E.any()
@@ -38,7 +44,10 @@ def of_window(values: dict[tuple[int, int], float]) -> list[list[float]]:
     return [[x for (w, _), x in values.items() if w == window] for window in windows]
 
 
-@given(own.cases())
+FIXED = (*own.SPLITS, "weighted")
+
+
+@given(own.cases(splits=FIXED))
 def test_rank_loads_are_those_of_the_enumeration(case: Any) -> None:
     load_WLR = rank_load(*case)
     for cell, loads in naive_loads(case).items():
@@ -46,7 +55,19 @@ def test_rank_loads_are_those_of_the_enumeration(case: Any) -> None:
     assert load_WLR.sum(axis=2) == pytest.approx(case[0].counts_WLE.sum(axis=2), rel=1e-12)
 
 
-@given(own.cases())
+@given(own.cases(splits=("batch",)))
+def test_the_best_split_of_a_window_is_that_of_the_enumeration(case: Any) -> None:
+    profile, placement, topology, _ = case
+    load_WLR = rank_load(*case)
+    assert load_WLR.min() >= 0
+    assert load_WLR.sum(axis=2) == pytest.approx(profile.counts_WLE.sum(axis=2), rel=1e-9)
+    for layer, row in enumerate(placement.of_layers(profile.layer_ids).tolist()):
+        for window, load_E in enumerate(profile.counts_WLE[:, layer].tolist()):
+            best = float(best_split_max_load(load_E, row, topology))
+            assert load_WLR[window, layer].max() == pytest.approx(best, rel=1e-9)
+
+
+@given(own.cases(splits=FIXED))
 def test_figures_are_those_of_their_definitions(case: Any) -> None:
     loads = naive_loads(case)
     ratio = {cell: max(x) / fmean(x) for cell, x in loads.items()}
@@ -70,7 +91,40 @@ def test_largest_receive_is_a_mean_over_what_is_scored(case: Any) -> None:
     assert evaluate(*case).max_receive_rows_mean == pytest.approx(fmean(largest), rel=1e-9)
 
 
-@given(own.cases())
+@given(own.cases(splits=FIXED))
+def test_the_tail_is_the_mean_of_its_steps(case: Any) -> None:
+    loads = naive_loads(case)
+    ratio = {cell: max(x) / fmean(x) for cell, x in loads.items()}
+    steps = [fmean(x) for x in of_window(ratio)]
+    assert evaluate(*case).imbalance_cvar == pytest.approx(mean_of_worst(steps, 0.1), rel=1e-9)
+
+
+def mean_of_worst(values: list[float], tail: float) -> float:
+    """Spend a budget of windows on the worst ones first, the last of them in part."""
+    left = budget = max(Fraction(tail) * len(values), Fraction(1))
+    total = Fraction(0)
+    for value in sorted(values, reverse=True):
+        part = min(left, Fraction(1))
+        total += part * Fraction(value)
+        left -= part
+    return float(total / budget)
+
+
+@given(
+    st.lists(st.floats(1, 100), min_size=1, max_size=45),
+    st.sampled_from([0.01, 0.1, 0.25, 0.5, 1.0]),
+)
+def test_tail_mean_is_its_definition(costs: list[float], tail: float) -> None:
+    found = tail_mean(np.array(costs), tail)
+    assert found == pytest.approx(mean_of_worst(costs, tail), rel=1e-12)
+    # The definition by Rockafellar and Uryasev: the least over thresholds, which a cost attains.
+    size = max(tail * len(costs), 1.0)
+    least = min(t + sum(max(c - t, 0.0) for c in costs) / size for t in costs)
+    assert found == pytest.approx(least, rel=1e-12)
+    assert fmean(costs) * (1 - 1e-12) <= found <= max(costs) * (1 + 1e-12)
+
+
+@given(own.cases(splits=FIXED))
 def test_the_checker_scores_alike(case: Any) -> None:
     profile, placement, topology, split = case
     found = evaluate(*case)
@@ -78,13 +132,21 @@ def test_the_checker_scores_alike(case: Any) -> None:
     assert derived == pytest.approx((found.imbalance_mean, found.imbalance_worst), rel=1e-11)
 
 
-@given(own.cases())
+def full(profile: LoadProfile) -> bool:
+    """Whether all layers have load in all windows, so that the mean is the mean of the steps."""
+    return bool(profile.counts_WLE.any(axis=2).all())
+
+
+@given(own.cases(splits=own.ALL_SPLITS))
 def test_figures_lie_where_they_can(case: Any) -> None:
     found = evaluate(*case)
     one = 1 - 1e-12
     num_ranks = case[2].num_ranks
     assert one <= found.imbalance_mean <= found.imbalance_worst / one
     assert found.imbalance_p95 <= found.imbalance_worst / one
+    if full(case[0]):
+        assert found.imbalance_mean * one <= found.imbalance_cvar / one
+    assert found.imbalance_cvar <= found.imbalance_worst / one
     assert found.imbalance_worst <= found.imbalance_worst_layer / one
     assert found.imbalance_worst_layer <= num_ranks / one
     assert 1 / num_ranks * one <= found.balancedness <= 1 / one
@@ -182,6 +244,7 @@ def test_figures_by_hand() -> None:
         "imbalance_mean": 1.25,
         "imbalance_p95": 1 + 0.5 * 0.95,
         "imbalance_worst": 1.5,
+        "imbalance_cvar": 1.5,
         "imbalance_worst_layer": 1.5,
         "balancedness": 4 / 5,
         "max_receive_rows_mean": 2.5,

@@ -27,7 +27,7 @@ def problem(nodes=2, ranks=2, slots=3, model=MODEL, **options):
                                                                   "groups_in_nodes": True}),
         (InvalidInput, "use 1, 2, 4 nodes", {"nodes": 3, "groups_in_nodes": True}),
         (InvalidInput, "did you mean 'even'", {"split": "evn"}),
-        (InvalidInput, "unknown objective", {"statistic": "worst"}),
+        (InvalidInput, "unknown objective", {"statistic": "median"}),
         (InvalidInput, "loads.npz has 8 experts and big has 16",
          {"model": MoEModel(name="big", num_experts=16, layer_ids=(0, 1))}),
         (InvalidInput, "has load in 2 layers",

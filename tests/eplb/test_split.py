@@ -22,7 +22,34 @@ def share_of(plan: Any, split: str) -> Any:
 
 
 def test_every_rule_is_generated_in_tests() -> None:
-    assert tuple(SPLIT_RULES) == own.SPLITS
+    assert tuple(SPLIT_RULES) == own.ALL_SPLITS
+
+
+@given(own.cases(splits=("weighted",)))
+def test_fixed_fractions_are_those_of_the_placement(case: Any) -> None:
+    _, placement, topology, split = case
+    share_LS = slot_share(
+        placement.phys_to_log_LS, placement.num_experts, topology, split,
+        placement.split_weights_LS,
+    )  # fmt: skip
+    assert np.array_equal(share_LS, placement.split_weights_LS)
+    for row, share_S in zip(placement.phys_to_log_LS.tolist(), share_LS.tolist(), strict=True):
+        fractions = rank_fractions(row, topology, split, share_S)
+        for expert in range(placement.num_experts):
+            total = sum(part for (e, _), part in fractions.items() if e == expert)
+            assert total == pytest.approx(1, abs=1e-9)
+
+
+def test_weighted_without_fractions_says_where_they_come_from() -> None:
+    topology = Topology(num_nodes=1, ranks_per_node=1, slots_per_rank=2)
+    with pytest.raises(InvalidInput, match="plan with --split weighted"):
+        slot_share(np.array([[0, 1]]), 2, topology, "weighted")
+
+
+def test_batch_has_no_one_set_of_fractions() -> None:
+    topology = Topology(num_nodes=1, ranks_per_node=1, slots_per_rank=2)
+    with pytest.raises(InvalidInput, match="every window has fractions of its own"):
+        slot_share(np.array([[0, 1]]), 2, topology, "batch")
 
 
 def test_an_unknown_rule_is_named() -> None:
