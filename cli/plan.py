@@ -139,6 +139,7 @@ def command(
     from eplb.cli.show import progress
     from eplb.files import check_writable
 
+    _check_effort(options)
     check_writable(output)
     topology = topology_of(options)
     with progress("reading profiles"):
@@ -178,6 +179,26 @@ def command(
     show_plan(problem, solution, plan, output)
     if unseen is not None:
         show_unseen(problem, plan, unseen)
+
+
+def _check_effort(options: dict[str, Any]) -> None:
+    """Refuse options that the solver would not heed."""
+    if options["previous"] is not None and options["solver"] == "greedy":
+        raise InvalidInput(
+            "--solver greedy starts from nothing, so --previous says nothing to it; use --solver "
+            "search"
+        )
+    if options["sweeps"] is not None:
+        if options["solver"] != "search":
+            raise InvalidInput(
+                f"--solver {options['solver']} makes no sweeps; use --solver search or leave "
+                "--sweeps out"
+            )
+        if options["time_limit"] is not None:
+            raise InvalidInput(
+                "--sweeps and --time-limit are two budgets; give one (only with --sweeps are "
+                "results the same on every machine)"
+            )
 
 
 def split_holdout(

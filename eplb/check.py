@@ -90,7 +90,7 @@ def find_problems(
 def rescore(plan: Plan, profile: LoadProfile) -> tuple[float, float]:
     """Return ``imbalance_mean`` and ``imbalance_worst`` of a sound plan, derived from its slots.
 
-    A layer without load in a window is not scored, nor is a window without load.
+    A layer without load in a window is not scored, nor is a window without load. Not for ``batch``.
     """
     num_ranks = plan.topology.num_nodes * plan.topology.ranks_per_node
     placement = plan.placement
@@ -114,6 +114,10 @@ def rescore(plan: Plan, profile: LoadProfile) -> tuple[float, float]:
             routed = loads.pop()
             if routed > 0:
                 ratios.append(max(loads) / routed * num_ranks)
+    return _mean_and_worst(ratios_of_window)
+
+
+def _mean_and_worst(ratios_of_window: list[list[float]]) -> tuple[float, float]:
     scored = [ratios for ratios in ratios_of_window if ratios]
     num_scored = sum(len(ratios) for ratios in scored)
     mean = fsum(fsum(ratios) for ratios in scored) / num_scored
@@ -285,10 +289,12 @@ def _misfits(plan: Plan, profile: LoadProfile) -> list[str]:
 
 def _wrong_figures(plan: Plan, quality: Quality, profile: LoadProfile) -> list[str]:
     """Figures of a plan that are not what its slots make of the loads."""
+    problems: list[str] = []
     if plan.split == "batch":
-        return _wrong_optima(plan, profile)
-    mean, worst = rescore(plan, profile)
-    return [
+        problems, (mean, worst) = _wrong_optima(plan, profile)
+    else:
+        mean, worst = rescore(plan, profile)
+    return problems + [
         f"quality: {name} is {stated!r} in the plan and {derived!r} derived from its slots on "
         f"{profile.source}"
         for name, stated, derived in (
@@ -299,11 +305,22 @@ def _wrong_figures(plan: Plan, quality: Quality, profile: LoadProfile) -> list[s
     ]
 
 
-def _wrong_optima(plan: Plan, profile: LoadProfile) -> list[str]:
-    """Largest rank loads under ``batch`` that a linear programme does not find as well."""
+def _wrong_optima(plan: Plan, profile: LoadProfile) -> tuple[list[str], tuple[float, float]]:
+    """Largest rank loads under ``batch`` that a linear programme does not find, and their figures.
+
+    The figures are ``imbalance_mean`` and ``imbalance_worst``.
+    """
     from eplb.metrics import rank_load  # noqa: PLC0415  (what is under check)
 
     largest_WL = rank_load(profile, plan.placement, plan.topology, "batch").max(axis=2)
+    num_ranks = plan.topology.num_nodes * plan.topology.ranks_per_node
+    routed_WL = profile.counts_WLE.sum(axis=2)
+    figures = _mean_and_worst(
+        [
+            [most / total * num_ranks for most, total in zip(row, totals, strict=True) if total > 0]
+            for row, totals in zip(largest_WL.tolist(), routed_WL.tolist(), strict=True)
+        ]
+    )
     row_of = dict(
         zip(plan.placement.layer_ids, plan.placement.phys_to_log_LS.tolist(), strict=True)
     )
@@ -320,7 +337,7 @@ def _wrong_optima(plan: Plan, profile: LoadProfile) -> list[str]:
                 f"layer {layer_id}, window {window}: the largest rank load at the best split is "
                 f"stated as {stated!r}, and a linear programme finds {derived!r}"
             )
-    return problems
+    return problems, figures
 
 
 def _programme(load: list[float], row: list[int], topology: Topology) -> float:

@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray, IntArray
 from eplb.batch_split import batch_max_load
+from eplb.load_profile import replace_windows
 from eplb.metrics import CVAR_TAIL, tail_mean
 from eplb.placement.annealing import RULES, Layer, anneal
 from eplb.placement.batch_annealing import anneal_batch
 from eplb.placement.graph import ring_placement
 from eplb.placement.windows import FitWindows, fit_windows, scaled_windows
 from eplb.problem import Problem
+from eplb.slots import Placement
 
 __all__ = ["DEFAULT_SWEEPS", "SearchResult", "search"]
 
@@ -112,7 +114,8 @@ class _Budget:
         done, sweeps = 0.0, 1
         while done < 1.0:
             elapsed = time.perf_counter() - begin
-            yield done, min(1.0, max(done, elapsed / self.seconds)), sweeps
+            spent = elapsed / self.seconds if self.seconds > 0 else 1.0
+            yield done, min(1.0, max(done, spent)), sweeps
             now = time.perf_counter() - begin
             done = now / self.seconds if self.seconds > 0 else 1.0
             # As many sweeps as a chunk's part of the time allows, at the pace of the last chunk.
@@ -122,9 +125,8 @@ class _Budget:
 
 def search(
     problem: Problem,
-    starts: Sequence[IntArray],
+    starts: Sequence[Placement],
     *,
-    start_weights_LS: FloatArray | None = None,
     seed: int = 0,
     sweeps: int = DEFAULT_SWEEPS,
     time_limit_s: float | None = None,
@@ -135,11 +137,10 @@ def search(
     Parameters
     ----------
     problem : Problem
-    starts : sequence of int64 arrays [L, S]
-        Placements that keep the problem's constraints, with replicas on distinct ranks; each layer
-        starts from the best for it.
-    start_weights_LS : array of float64, optional
-        Fractions of the only start; even ones are meant without.
+    starts : sequence of Placement
+        Of the profile's layers; they keep the problem's constraints, with replicas on distinct
+        ranks. Each layer starts from the best for it, and what is found is not worse than any.
+        Under ``weighted`` a start without fractions means even ones.
     seed : int
         The same seed and number of sweeps give the same bytes.
     sweeps : int
@@ -152,17 +153,14 @@ def search(
     warm_up(problem.split)
     deadline = None if time_limit_s is None else time.perf_counter() + time_limit_s
     num_ranks = problem.topology.num_ranks
-    recorded_WLE = scaled_windows(problem.profile, num_ranks)
+    # Windows without any load are no steps.
+    used_W = problem.profile.counts_WLE.any(axis=(1, 2))
+    profile = problem.profile if used_W.all() else replace_windows(problem.profile, used_W)
+    recorded_WLE = scaled_windows(profile, num_ranks)
     windows = fit_windows(
-        problem.profile, num_ranks, extend=extend and problem.statistic == "mean", seed=seed
+        profile, num_ranks, extend=extend and problem.statistic == "mean", seed=seed
     )
-    candidates = [
-        [
-            _layout(row_S, None if start_weights_LS is None else start_weights_LS[row], problem)
-            for row, row_S in enumerate(start_LS)
-        ]
-        for start_LS in starts
-    ]
+    candidates = [_layouts(start, problem) for start in starts]
     start = candidates[0]
     for candidate in candidates[1:]:
         start = _better_layers(problem.split, recorded_WLE, start, candidate)
@@ -175,7 +173,11 @@ def search(
     else:
         layers.improve(windows.weight_WL, budget.part(1 - _ROUNDS_PART))
         weight_WL = _couple(layers, windows.weight_WL, problem.statistic, budget)
-    found = _not_worse(problem, recorded_WLE, start, layers.layouts)
+    found = layers.layouts
+    for candidate in (start, *candidates):
+        found = _not_worse(problem, recorded_WLE, candidate, found)
+    recorded_weight_WL = np.zeros((len(used_W), len(found)))
+    recorded_weight_WL[used_W] = _of_recorded(windows, weight_WL, recorded_WLE, problem.statistic)
     num_slots = problem.topology.num_slots
     return SearchResult(
         phys_to_log_LS=np.stack([layout.slot_RK.reshape(num_slots) for layout in found]),
@@ -184,7 +186,7 @@ def search(
             if problem.split == "weighted"
             else None
         ),
-        weight_WL=_of_recorded(windows, weight_WL, recorded_WLE),
+        weight_WL=recorded_weight_WL,
         stop_reason="finished" if time_limit_s is None else "time_limit",
         notes={**windows.notes, **({} if time_limit_s is not None else {"sweeps": sweeps})},
     )
@@ -200,11 +202,15 @@ def warm_up(split: str) -> None:
 
 
 def _of_recorded(
-    windows: FitWindows, weight_WL: FloatArray, recorded_WLE: FloatArray
+    windows: FitWindows, weight_WL: FloatArray, recorded_WLE: FloatArray, statistic: str
 ) -> FloatArray:
     """Return weights of the recorded windows in place of those of the windows kept."""
     weights = np.zeros(recorded_WLE.shape[:2])
     weights[windows.kept] = weight_WL[: len(windows.kept)]
+    if statistic == "cvar":
+        # A window kept for many has only its own part in the tail of all.
+        cap = 1.0 / max(CVAR_TAIL * len(weights), 1.0)
+        weights /= np.maximum(weights.sum(axis=1, keepdims=True) / cap, 1.0)
     return weights
 
 
@@ -263,6 +269,14 @@ class _Layers:
     def ratio_WL(self) -> FloatArray:
         """Return the imbalance of the fitted windows, NaN where there is no load."""
         return _ratios(self.load_LEW.transpose(2, 0, 1), self.layouts, self.problem.split)
+
+
+def _layouts(start: Placement, problem: Problem) -> list[_Layout]:
+    weights_LS = start.split_weights_LS if problem.split == "weighted" else None
+    return [
+        _layout(row_S, None if weights_LS is None else weights_LS[row], problem)
+        for row, row_S in enumerate(start.phys_to_log_LS)
+    ]
 
 
 def _layout(row_S: IntArray, weights_S: FloatArray | None, problem: Problem) -> _Layout:

@@ -223,19 +223,18 @@ def _search(problem: Problem, effort: Effort) -> Answer:
     from eplb.placement.search import DEFAULT_SWEEPS, search  # noqa: PLC0415
 
     deadline = time.perf_counter() + (effort.time_limit_s or 0.0)
-    weights = None
+    # The moves keep replicas on distinct ranks, so the starts have to, also where they need not.
+    problem = replace(problem, distinct_ranks=True)
     if effort.start is not None:
-        starts = [_start_slots(problem, effort.start)]
-        weights = effort.start.split_weights_LS
-        if weights is not None:
-            weights = weights[effort.start.rows(problem.profile.layer_ids)]
+        starts = [_start(problem, effort.start)]
     else:
         blends = START_BLENDS if problem.profile.num_windows > 1 else START_BLENDS[:1]
-        starts = [_greedy_slots(problem, blend) for blend in blends]
+        starts = [_placement(problem, _greedy_slots(problem, blend)) for blend in blends]
+        if problem.split == "weighted":
+            starts.append(_with_fractions(problem, starts[0]))
     found = search(
         problem,
         starts,
-        start_weights_LS=weights if problem.split == "weighted" else None,
         seed=effort.seed,
         sweeps=DEFAULT_SWEEPS if effort.sweeps is None else effort.sweeps,
         time_limit_s=(
@@ -253,8 +252,8 @@ def _search(problem: Problem, effort: Effort) -> Answer:
     )
 
 
-def _start_slots(problem: Problem, start: Placement) -> IntArray:
-    """Return the slots of a placement to start from, if it fits."""
+def _start(problem: Problem, start: Placement) -> Placement:
+    """Return the profile's layers of a placement to start from, if it fits."""
     topology, model = problem.topology, problem.model
     if (start.num_slots, start.num_experts) != (topology.num_slots, model.num_experts):
         raise PlacementInvalid(
@@ -262,7 +261,8 @@ def _start_slots(problem: Problem, start: Placement) -> IntArray:
             f"and this one {topology.num_slots} for {model.num_experts}; leave --previous out, or "
             "plan for its model and topology"
         )
-    slots_LS = start.of_layers(problem.profile.layer_ids)
+    rows = start.rows(problem.profile.layer_ids)
+    slots_LS, weights_LS = start.phys_to_log_LS[rows], start.split_weights_LS
     by_rank = np.sort(slots_LS.reshape(len(slots_LS), topology.num_ranks, -1), axis=2)
     if ((by_rank[:, :, 1:] == by_rank[:, :, :-1]) & (by_rank[:, :, 1:] >= 0)).any():
         raise PlacementInvalid(
@@ -279,7 +279,10 @@ def _start_slots(problem: Problem, start: Placement) -> IntArray:
                     f"the plan to start from has group {group} on several nodes; leave "
                     "--hierarchical or --previous out"
                 )
-    return slots_LS
+    return replace(
+        _placement(problem, slots_LS),
+        split_weights_LS=None if weights_LS is None else weights_LS[rows],
+    )
 
 
 def _exact(problem: Problem, effort: Effort) -> Answer:

@@ -138,11 +138,13 @@ def _representatives(
     nearest_W = np.zeros(num_windows, np.int64)
     distance_W = np.square(point_WD - point_WD[0]).sum(axis=1)
     for number in range(1, limit):
+        if not distance_W.any():
+            break
         chosen.append(int(distance_W.argmax()))
         to_new_W = np.square(point_WD - point_WD[chosen[-1]]).sum(axis=1)
         nearest_W[to_new_W < distance_W] = number
         distance_W = np.minimum(distance_W, to_new_W)
-    return np.array(chosen), np.bincount(nearest_W, minlength=limit)
+    return np.array(chosen), np.bincount(nearest_W, minlength=len(chosen))
 
 
 def _added(
@@ -175,11 +177,16 @@ def _mixes(load_WLE: FloatArray, num_ranks: int, random: Generator) -> FloatArra
     num_windows, num_layers, num_experts = load_WLE.shape
     shown = np.unique(np.linspace(0, num_layers - 1, FACTOR_LAYERS).round().astype(int))
     flat_WX = load_WLE.reshape(num_windows, -1)
-    num_factors = min(NUM_FACTORS, num_windows // 2)
     mixes = []
     for number in range(NUM_FACTORIZATIONS):
         first = None if number == 0 else int(random.integers(num_windows))
-        part_WF = _factorize(load_WLE[:, shown].reshape(num_windows, -1), num_factors, first=first)
+        part_WF = _factorize(
+            load_WLE[:, shown].reshape(num_windows, -1),
+            min(NUM_FACTORS, num_windows // 2),
+            first=first,
+        )
+        # Windows that are alike have fewer.
+        num_factors = part_WF.shape[1]
         factor_FX = _factor_loads(flat_WX, part_WF)
         factor_FLE = _scaled(factor_FX.reshape(num_factors, num_layers, num_experts), num_ranks)
         concentration = CONCENTRATIONS[number % len(CONCENTRATIONS)]
