@@ -166,7 +166,9 @@ def command(
         extend=not options["recorded_only"],
         start=start,
     )
-    with progress("solving"):
+    # The inner loops are compiled by the first search on a machine, which takes some seconds.
+    compiles = options["solver"] != "greedy"
+    with progress("solving" + (" (the first search on a machine compiles)" if compiles else "")):
         solution = solve(problem, options["solver"], effort)
     plan = make_plan(problem, solution, output)
     if json_:
