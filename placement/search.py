@@ -154,7 +154,7 @@ def search(
     deadline = None if time_limit_s is None else time.perf_counter() + time_limit_s
     num_ranks = problem.topology.num_ranks
     # Windows without any load are no steps.
-    used_W = problem.profile.counts_WLE.any(axis=(1, 2))
+    used_W: NDArray[np.bool_] = np.any(problem.profile.counts_WLE, axis=(1, 2))
     profile = problem.profile if used_W.all() else replace_windows(problem.profile, used_W)
     recorded_WLE = scaled_windows(profile, num_ranks)
     windows = fit_windows(

@@ -33,7 +33,9 @@ MIN_STEPS = 24
 # What added windows weigh in all.
 ADDED_WEIGHT = 0.5
 EXTRAPOLATION, MAX_PAIRS = 0.3, 30
-NUM_FACTORS, NUM_FACTORIZATIONS, NUM_MIXES, FACTOR_STEPS = 12, 4, 120, 60
+NUM_FACTORS, NUM_FACTORIZATIONS, NUM_MIXES = 12, 4, 120
+# Steps of the factorization, and of fitting all layers' loads to it.
+FACTOR_STEPS, LOAD_STEPS = 60, 5
 # Concentrations of the Dirichlet distributions that mixes are drawn from: a few kinds at a time,
 # and nearly one.
 CONCENTRATIONS = (0.3, 0.1)
@@ -176,6 +178,8 @@ def _extrapolations(load_WLE: FloatArray, num_ranks: int, random: Generator) -> 
 def _mixes(load_WLE: FloatArray, num_ranks: int, random: Generator) -> FloatArray:
     num_windows, num_layers, num_experts = load_WLE.shape
     shown = np.unique(np.linspace(0, num_layers - 1, FACTOR_LAYERS).round().astype(int))
+    # Single precision is ample, and twice as fast.
+    load_WLE = load_WLE.astype(np.float32)
     flat_WX = load_WLE.reshape(num_windows, -1)
     mixes = []
     for number in range(NUM_FACTORIZATIONS):
@@ -218,7 +222,7 @@ def _factorize(load_WX: FloatArray, num_factors: int, *, first: int | None) -> F
         direction_X = rest_WX[window] / np.sqrt(norm_W[window])
         rest_WX = rest_WX - np.outer(rest_WX @ direction_X, direction_X)
     factor_FX = np.maximum(load_WX[chosen], 1e-6 * mean_X)
-    part_WF = np.full((len(load_WX), len(chosen)), 1.0 / len(chosen))
+    part_WF = np.full((len(load_WX), len(chosen)), 1.0 / len(chosen), load_WX.dtype)
     for _ in range(FACTOR_STEPS):
         part_WF *= _quotient(load_WX, part_WF, factor_FX) @ factor_FX.T / factor_FX.sum(axis=1)
         factor_FX = _updated(load_WX, part_WF, factor_FX)
@@ -229,14 +233,14 @@ def _factor_loads(load_WX: FloatArray, part_WF: FloatArray) -> FloatArray:
     """Return the loads of factors whose parts are known, [F, X]."""
     least_X = 0.05 * load_WX.mean(axis=0)
     factor_FX: FloatArray = np.maximum(np.linalg.pinv(part_WF) @ load_WX, least_X)
-    for _ in range(10):
+    for _ in range(LOAD_STEPS):
         factor_FX = _updated(load_WX, part_WF, factor_FX)
     return factor_FX
 
 
 def _quotient(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -> FloatArray:
-    quotient: FloatArray = load_WX / np.maximum(part_WF @ factor_FX, 1e-12)
-    return quotient
+    quotient: FloatArray = np.maximum(part_WF @ factor_FX, 1e-12)
+    return np.divide(load_WX, quotient, out=quotient)
 
 
 def _updated(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -> FloatArray:
