@@ -96,6 +96,8 @@ def fit_windows(profile: LoadProfile, num_ranks: int, *, extend: bool, seed: int
     weight_WL = window_weights(load_WLE) * count_K[:, np.newaxis]
     weight_WL /= weight_WL.sum()
     added_WLE = _added(load_WLE, profile, num_ranks, random) if extend else load_WLE[:0]
+    # Windows that share no layer with load say nothing together.
+    added_WLE = added_WLE[added_WLE.any(axis=(1, 2))]
     if len(added_WLE):
         weight_WL = np.concatenate(
             [weight_WL * (1 - ADDED_WEIGHT), window_weights(added_WLE) * ADDED_WEIGHT]

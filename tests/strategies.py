@@ -189,9 +189,9 @@ def cases(
 
 
 @st.composite
-def plans(draw, *, distinct: bool = False):
+def plans(draw, *, distinct: bool = False, splits: tuple[str, ...] = SPLITS):
     """Plans without quality; see :func:`plan_of` for one of a given case."""
-    _, placement, topology, split = draw(cases(distinct=distinct))
+    _, placement, topology, split = draw(cases(distinct=distinct, splits=splits))
     return plan_of(placement, topology, split)
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from strategies import plans
+from strategies import ALL_SPLITS, plans
 
 import eplb
 from eplb.errors import EplbError, InvalidInput, PlacementInvalid
@@ -48,7 +48,7 @@ def read(text, tmp_path):
     return eplb.read_plan(path)
 
 
-@given(plan=plans())
+@given(plan=plans(splits=ALL_SPLITS))
 def test_a_plan_comes_back_as_it_was(plan, tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "plan.yaml"
     eplb.write_plan(plan, path)
