@@ -34,7 +34,7 @@ clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-plan.yaml
 
 # The editable install links single files, so a folder that changes asks for it again.
-FOLDERS := eplb eplb/engines cli placement profiles profiles/data runtime
+FOLDERS := eplb eplb/engines cli placement profiles profiles/data runtime runtime/requests
 EDITABLE := install -q -c constraints.txt -e . --config-settings editable_mode=strict
 
 $(VENV)/bin/pip:
@@ -46,7 +46,7 @@ $(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt $(FOLDERS)
 
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install -q "pip>=25.1"
-	$(BIN)/pip install -q -c constraints.txt --group dev -e ".[runtime]" --config-settings editable_mode=strict
+	$(BIN)/pip install -q -c constraints.txt --group dev -e ".[runtime,plots]" --config-settings editable_mode=strict
 	touch $@
 
 # Wheels without what they depend on: the tests load single modules of them.
