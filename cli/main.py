@@ -25,6 +25,7 @@ COMMANDS = {
     "import": "eplb.cli.import_plan",
     "plan": "eplb.cli.plan",
     "profile": "eplb.cli.profile",
+    "requests": "eplb.cli.requests",
     "versions": "eplb.cli.versions",
 }
 

@@ -4,6 +4,10 @@ import click
 
 from eplb.cli.main import COMMANDS, cli
 
+DEPLOYMENT = (
+    "--budget-tokens", "--cache", "--kv-tokens", "--max-bad-lines", "--max-requests", "--model",
+    "--phase", "--ranks", "--token-skew", "--utilisation",
+)  # fmt: skip
 OPTIONS = {
     "demo": {"--json", "--output", "-o"},
     "evaluate": {"PLAN", "PROFILE...", "--json", "--routings", "--split", "--windows"},
@@ -23,6 +27,11 @@ OPTIONS = {
         "--scenario", "--windows", "-o",
     },
     "profile show": {"PROFILE...", "--json", "--windows"},
+    "requests compare": {"TRACE", "--json", "--policies", "--seeds", *DEPLOYMENT},
+    "requests replay": {
+        "TRACE", "--abort", "--feedback-steps", "--json", "--lose-rank", "--lose-step", "--plot",
+        "--policy", "--seed", "--slow-rank", "--slow-speed", *DEPLOYMENT,
+    },
     "versions": {"--json"},
 }  # fmt: skip
 
