@@ -13,12 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from request_tables import REQUEST_TABLES
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "engines" / "vllm.md",
+    ROOT / "docs" / "requests.md",
 )
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -111,6 +114,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "greedy-short": greedy_short,
     "timings": timings,
     "vllm-policy": vllm_policy,
+    **REQUEST_TABLES,
 }
 
 
