@@ -19,7 +19,7 @@ import numpy as np
 from eplb.arrays import FloatArray, IntArray
 from eplb.errors import InvalidInput
 from eplb.profiles.request_trace import RequestTrace
-from eplb.profiles.source import open_source, parsing
+from eplb.source import open_source, parsing
 
 __all__ = ["sample_servegen"]
 

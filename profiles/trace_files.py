@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from os import PathLike
@@ -18,7 +17,8 @@ import numpy as np
 
 from eplb.errors import InvalidInput
 from eplb.profiles.request_trace import MAX_TOKENS, RequestTrace
-from eplb.profiles.source import Source, open_source, parsing
+from eplb.source import Source, open_source, parsing
+from eplb.strict_json import parse_json
 
 __all__ = ["read_trace"]
 
@@ -134,7 +134,7 @@ def _jsonl_rows(text: str) -> Iterator[tuple[int, Callable[[], Row]]]:
 
     def parser(line: str) -> Callable[[], Row]:
         def parse() -> Row:
-            row = json.loads(line)
+            row = parse_json(line)
             blocks = row.get("hash_ids", [])
             if not all(type(block) is int and abs(block) < 1 << 62 for block in blocks):
                 raise ValueError("hash_ids must be whole numbers")
