@@ -60,7 +60,7 @@ class DecodeOptions:
         What a rank sends to another node.
     exposed : float
         Part of a transfer that slows a step down although the link is idle while ranks compute. An
-        assumption; docs/requests.md has the figures for others.
+        assumption: measure it, and set it, for the network at hand.
     """
 
     count_slack: float = 0.0
