@@ -10,7 +10,10 @@ DEPLOYMENT = (
 )  # fmt: skip
 OPTIONS = {
     "demo": {"--json", "--output", "-o"},
-    "evaluate": {"PLAN", "PROFILE...", "--json", "--routings", "--split", "--windows"},
+    "evaluate": {
+        "PLAN", "PROFILE...", "--json", "--phase", "--routings", "--split", "--tokens-per-step",
+        "--windows",
+    },  # fmt: skip
     "export": {"PLAN", "--json", "--moe-layers", "--output", "--to", "-o"},
     "import": {
         "FILE", "--from", "--json", "--model", "--moe-layers", "--nodes", "--output",
