@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
-from eplb.errors import InvalidInput
+from eplb.errors import EplbError, InvalidInput
 
-__all__ = ["check_writable", "write_atomic"]
+__all__ = ["check_writable", "write_atomic", "writing"]
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
@@ -50,12 +52,25 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     InvalidInput
         The file cannot be written; nothing was changed.
     """
+    with writing(path) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Give a stream whose contents replace ``path`` as a whole when the block ends well.
+
+    Raises
+    ------
+    InvalidInput
+        The file cannot be written; nothing was changed.
+    """
     target = check_writable(path)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:40]}.", dir=target.parent)
         try:
             with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
+                yield stream
                 stream.flush()
                 os.fchmod(stream.fileno(), _mode_for(target))
                 os.fsync(stream.fileno())
@@ -64,6 +79,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
             with suppress(OSError):
                 Path(name).unlink()
             raise
+    except EplbError:
+        raise
     except (OSError, ValueError) as error:
         raise InvalidInput(
             f"cannot write {os.fspath(path)}: {_reason(error)}; choose another place"

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from eplb.errors import EplbError, InvalidInput
 
-__all__ = ["Source", "open_source", "parsing"]
+__all__ = ["JOURNAL_SUFFIX", "Source", "journal_path", "open_source", "parsing"]
+
+JOURNAL_SUFFIX = ".journal"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,11 @@ class Source:
         return self.path.suffix.lower()
 
 
+def journal_path(path: str | os.PathLike[str]) -> Path:
+    """Return where the recording that will become the profile ``path`` is, while it goes on."""
+    return Path(os.fspath(path) + JOURNAL_SUFFIX)
+
+
 def open_source(spec: str | os.PathLike[str], *, folder: bool = False) -> Source:
     """Find the file that ``spec`` names, or with ``folder`` the folder if it is one.
 
@@ -50,7 +57,7 @@ def open_source(spec: str | os.PathLike[str], *, folder: bool = False) -> Source
     try:
         if not path.exists() and ":" in text:
             head, _, tail = text.rpartition(":")
-            if head.lower().endswith(".npz"):
+            if head.lower().endswith((".npz", JOURNAL_SUFFIX)):
                 path, array = Path(head), tail
         if path.is_dir() and folder:
             return Source(path=path, array=None, name=path.resolve().name)
@@ -59,6 +66,10 @@ def open_source(spec: str | os.PathLike[str], *, folder: bool = False) -> Source
         if path.exists() and not path.is_file():
             # A pipe would be waited for, and can be read only once.
             raise InvalidInput(f"{text} is not a regular file; save it as one")
+        name = path.name if array is None else f"{path.name}:{array}"
+        # While a recording goes on, and after it was killed, its journal has all there is.
+        if journal_path(path).exists():
+            path = journal_path(path)
         with path.open("rb") as stream:
             if not stream.read(1):
                 raise InvalidInput(f"{text} is empty; record again")
@@ -70,7 +81,6 @@ def open_source(spec: str | os.PathLike[str], *, folder: bool = False) -> Source
         raise InvalidInput(
             f"cannot read {text}: {getattr(error, 'strerror', None) or error}"
         ) from None
-    name = path.name if array is None else f"{path.name}:{array}"
     # Bytes of a name that are not UTF-8 are lone surrogates in Python, which no file can hold.
     name = name.encode(errors="backslashreplace").decode()
     return Source(path=path, array=array, name=name)

@@ -10,6 +10,7 @@ from eplb.engines.sglang_dump import read_json, read_pt
 from eplb.errors import InvalidInput, unknown_name
 from eplb.load_profile import LoadProfile, merge_profiles
 from eplb.profiles.csv_file import read_csv
+from eplb.profiles.journal_file import read_journal
 from eplb.profiles.numpy_file import read_npy, read_npz
 from eplb.source import Source, open_source
 
@@ -17,6 +18,7 @@ __all__ = ["READERS", "read_profile", "read_profiles"]
 
 READERS: dict[str, Callable[[Source], LoadProfile]] = {
     ".csv": read_csv,
+    ".journal": read_journal,
     ".json": read_json,
     ".jsonl": vllm.read_statistics,
     ".npy": read_npy,
@@ -31,9 +33,10 @@ def read_profile(spec: str | os.PathLike[str]) -> LoadProfile:
     Parameters
     ----------
     spec : path
-        ``.npz`` (an array of it as ``file.npz:array``), ``.npy``, ``.csv``, a dump of SGLang's
-        expert distribution recorder (``.json``, ``.pt``), load statistics of vLLM (``.jsonl``), or
-        a folder of statistics of TensorRT-LLM or Omni-placement.
+        ``.npz`` (an array of it as ``file.npz:array``; also of a recording that goes on or was
+        killed, which lies in ``.npz.journal``), ``.npy``, ``.csv``, a dump of SGLang's expert
+        distribution recorder (``.json``, ``.pt``), load statistics of vLLM (``.jsonl``), or a
+        folder of statistics of TensorRT-LLM or Omni-placement.
 
     Raises
     ------

@@ -1,0 +1,146 @@
+"""Counts on the device: fixed buffers that only grow, and snapshots of them drained to the host.
+
+The other half, which makes windows of snapshots, is in :mod:`eplb.profiles.recorder_writer`.
+
+Counters are never set back. A window is the difference of two snapshots, so a snapshot is one copy
+with nothing to order it against: captured graphs keep adding to the same addresses, a snapshot
+that has to be left out only makes the next window longer, and 32 bits may wrap around, because
+differences are taken modulo 2**32.
+Shape letters: P phases, L layers, E logical experts, C columns, T tokens, K top-k.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+__all__ = ["DEVICE_BYTES", "Counters", "Pending"]
+
+# 16 buffers of 58 layers x 256 experts are 0.95 MB; what snapshots may take on the device.
+DEVICE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A snapshot on its way to the host: buffer ``slot`` holds it once ``event`` has come."""
+
+    slot: int
+    event: torch.cuda.Event | None
+
+
+class Counters:
+    """Token-expert pairs by phase, layer and expert, counted without waiting for the device.
+
+    Parameters
+    ----------
+    num_phases, num_layers, num_experts : int
+    num_columns : int
+        Expert ids that may occur, at least ``num_experts``: ids from ``num_experts`` on (identity
+        experts, ids of other ranks) are counted apart and not recorded. Two columns are added:
+        one for ids beyond, one for negative ids, which mean "not routed".
+    device : torch.device
+    """
+
+    def __init__(
+        self,
+        num_phases: int,
+        num_layers: int,
+        num_experts: int,
+        num_columns: int,
+        device: torch.device,
+    ) -> None:
+        self.num_experts = num_experts
+        self.num_columns = num_columns
+        self.device = device
+        shape = (num_phases, num_layers, num_columns + 2)
+        num_bytes = 4 * num_phases * num_layers * (num_columns + 2)
+        num_slots = max(2, min(15, DEVICE_BYTES // num_bytes - 1))
+        # Buffers made under inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.counts_PLC = torch.zeros(shape, dtype=torch.int32, device=device)
+            self._one = torch.ones(1, dtype=torch.int32, device=device)
+            pinned = device.type == "cuda"
+            self._ring = torch.zeros((num_slots, *shape), dtype=torch.int32, device=device)
+            self._host = torch.zeros((num_slots, *shape), dtype=torch.int32, pin_memory=pinned)
+        # Graphs may be captured around these tensors: torch.compile must not copy them.
+        torch._dynamo.mark_static_address(self.counts_PLC)
+        self._rows = [list(layers.unbind(0)) for layers in self.counts_PLC.unbind(0)]
+        self._stream = torch.cuda.Stream(device) if pinned else None
+        self._free = deque(range(num_slots))
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        phase_idx: int,
+        layer_idx: int,
+        ids_TK: torch.Tensor,
+        weight_TK: torch.Tensor | None,
+        *,
+        checked: bool,
+    ) -> None:
+        """Count the choices of some tokens: one kernel where the ids are known to be in range.
+
+        Parameters
+        ----------
+        phase_idx, layer_idx : int
+        ids_TK : Tensor of int, shape [T, K]
+        weight_TK : Tensor of int32, shape [T, K], optional
+            0 for a token that is padding, 1 for others.
+        checked : bool
+            Whether every id is within ``0:num_columns``, as those a router took by top-k are.
+        """
+        ids = ids_TK.reshape(-1)
+        if not checked:
+            # -1 and below go to the last column, ids beyond the columns to the one before it.
+            ids = ids.clamp(-1, self.num_columns).remainder(self.num_columns + 2)
+        ones = self._one.expand(ids.shape[0]) if weight_TK is None else weight_TK.reshape(-1)
+        if torch.compiler.is_compiling():
+            # Views that live outside of a compiled graph would come in as aliased inputs.
+            row_C = self.counts_PLC[phase_idx, layer_idx]
+        else:
+            row_C = self._rows[phase_idx][layer_idx]
+        row_C.index_add_(0, ids, ones)
+
+    def snapshot(self) -> Pending | None:
+        """Start draining the counts as the current stream will have them; None where all
+        buffers are still on their way."""
+        with self._lock:
+            if not self._free:
+                return None
+            slot = self._free.popleft()
+        if self._stream is None:
+            self._host[slot].copy_(self.counts_PLC)
+            return Pending(slot, None)
+        self._ring[slot].copy_(self.counts_PLC)
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            self._host[slot].copy_(self._ring[slot], non_blocking=True)
+            event = torch.cuda.Event(blocking=True)
+            event.record(self._stream)
+        return Pending(slot, event)
+
+    def take(self, pending: Pending) -> NDArray[np.uint32]:
+        """Wait for a snapshot, on a thread that may wait, and return it, shape [P, L, C]."""
+        if pending.event is not None:
+            pending.event.synchronize()
+        counts_PLC: NDArray[np.uint32] = self._host[pending.slot].numpy().view(np.uint32).copy()
+        with self._lock:
+            self._free.append(pending.slot)
+        return counts_PLC
+
+    def fetch(self, tensor: torch.Tensor) -> NDArray[np.int16]:
+        """Return a tensor made before the last snapshot, on a thread that may wait."""
+        if self._stream is None:
+            return tensor.numpy()  # type: ignore[no-any-return]
+        with torch.cuda.stream(self._stream):
+            return tensor.cpu().numpy()  # type: ignore[no-any-return]
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory held on the device."""
+        return int(4 * (self.counts_PLC.numel() + self._ring.numel() + 1))
