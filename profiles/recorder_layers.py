@@ -111,6 +111,9 @@ def _layers(model: nn.Module) -> Iterator[MoELayer]:
     config = _text_config(model)
     depth = getattr(config, "num_hidden_layers", None)
     for path, module in model.named_modules():
+        if "vision" in path:
+            # Towers for images, and experts for image tokens, lie in layers of their own.
+            continue
         scores_at = None
         if _takes_choice(module):
             num_experts, num_columns = _experts_of(module, config)
