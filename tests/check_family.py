@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch import multiprocessing
 from families import NOT_EXPERTS, VOCABULARY, families, tiny_model
 from reference_counts import Reference
 
@@ -55,9 +58,43 @@ def compare(path: Path, layers, expected) -> None:
         assert counts.sum() == counts[rows].sum()
 
 
-def main(device: str) -> None:
-    """Check all families here, and print a line each."""
-    bad = 0
+def check_ranks(rank: int, num_ranks: int, names, folder: str, device: str, port: int) -> None:
+    """Record on several processes into one file, reduced, and compare with the sum."""
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks
+    )
+    torch.set_num_threads(1)
+    for name in names:
+        layers, expected = check_family(
+            name, Path(folder), device, seed=rank, reduce=True, sources="rank"
+        )
+        total = {phase: torch.from_numpy(counts.copy()) for phase, counts in expected.items()}
+        for counts in total.values():
+            dist.all_reduce(counts)
+        if rank == 0:
+            path = Path(folder) / f"{name}.npz"
+            compare(path, layers, {phase: counts.numpy() for phase, counts in total.items()})
+            with np.load(path) as file:
+                by_source = file["source_counts"]
+                assert np.array_equal(by_source.sum(axis=1), file["counts"])
+                main = [i for i, layer in enumerate(layers) if not layer.is_mtp]
+                own = sum(expected.values())[main]
+                assert np.array_equal(by_source[:, 0].sum(axis=0), own)
+            print(f"{name}: exact on {num_ranks} processes")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main(device: str, num_ranks: int) -> None:
+    """Check all families, in this process and on several, and print a line each."""
+    exact, bad = [], []
     with tempfile.TemporaryDirectory() as folder:
         for name in families():
             if name in NOT_EXPERTS:
@@ -66,11 +103,15 @@ def main(device: str) -> None:
                 layers, _ = check_family(name, Path(folder), device)
             except (EplbError, RuntimeError, AssertionError, TypeError, ValueError) as error:
                 print(f"{name}: {type(error).__name__} {' '.join(str(error).split())[:150]}")
-                bad += 1
+                bad.append(name)
             else:
                 print(f"{name}: exact, layers {[layer.layer_id for layer in layers]}")
-    print(f"{bad} not exact on {device}")
+                exact.append(name)
+        with tempfile.TemporaryDirectory() as other:
+            arguments = (num_ranks, exact, other, device, free_port())
+            multiprocessing.spawn(check_ranks, arguments, nprocs=num_ranks)
+    print(f"{device}: {len(exact)} exact in one process and on {num_ranks}; not exact: {bad}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+    main(sys.argv[1] if len(sys.argv) > 1 else "cpu", 4)

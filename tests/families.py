@@ -32,6 +32,7 @@ SIZES = {
     "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4,
     "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "linear_num_heads": 2, "linear_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8,
     "mamba_d_state": 8, "mamba_n_heads": 4, "mamba_d_head": 16,
     "mamba_num_heads": 4, "mamba_head_dim": 16,
     "max_position_embeddings": 64, "sliding_window": 8, "vocab_size": VOCABULARY,
