@@ -28,7 +28,7 @@ from eplb.profiles.recorder import Recorder, record
 
 WINDOW_STEPS = 20
 SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize",
-                 "cudaMemcpy")  # fmt: skip
+                 "cudaMemcpy", "cudaEventQuery")  # fmt: skip
 
 
 def build(device: str, *, tiny: bool) -> nn.Module:
@@ -118,19 +118,23 @@ def compare(
             "steps": len(times["on"])}  # fmt: skip
 
 
-def synchronisations(step: Callable[[], Any], number: int) -> dict[str, int]:
-    """Count the calls on the calling thread that wait for the device, and kernels, a step."""
+def profiled(step: Callable[[], Any], number: int) -> dict[str, float]:
+    """Count the calls of any thread that wait for the device, and time the kernels that count."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(number):
             step()
-    torch.cuda.synchronize()
+    # Leaving the block waits for the device once.
     events = profiler.events() or []
-    main = {e.thread for e in events if e.name == "aten::mm" or e.name == "cudaGraphLaunch"}
-    waits = sum(e.name in SYNCHRONISING and e.thread in main for e in events)
-    counting = [e for e in events if "index_add" in e.name.lower() and e.device_time_total]
-    return {"waits": waits, "index_add_calls": len(counting)}
+    adding = [e for e in events if "indexFunc" in e.name]
+    spent_us = sum(e.device_time_total for e in adding)
+    return {
+        "waits": sum(e.name in SYNCHRONISING for e in events),
+        "index_add_kernels": len(adding),
+        "index_add_us_each": spent_us / len(adding) if adding else 0.0,
+        "steps": number,
+    }
 
 
 def main() -> None:
@@ -141,7 +145,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     decode, prefill = (4, 16) if arguments.tiny else (128, 8192)
-    blocks, number = (2, 3) if arguments.tiny else (6, 40)
+    blocks, number = (2, 3) if arguments.tiny else (4, 20)
     model = build(device, tiny=arguments.tiny)
     results: dict[str, Any] = {}
     with torch.no_grad(), tempfile.TemporaryDirectory() as name:
@@ -158,10 +162,12 @@ def main() -> None:
         results["decode, eager"] = compare(
             plain, plain, attached, device, blocks=blocks, number=number
         )
+        print(results["decode, eager"], flush=True)
         filled = steps_of(model, large, mask)
         results["prefill, eager, with padding"] = compare(
-            filled, filled, attached, device, blocks=blocks, number=max(3, number // 4)
+            filled, filled, attached, device, blocks=blocks, number=max(3, number // 3)
         )
+        print(results["prefill, eager, with padding"], flush=True)
         if device == "cuda":
             without = captured(model, small)
             with recording(model, folder) as recorder:
@@ -175,13 +181,15 @@ def main() -> None:
                 results["decode, CUDA graph"] = compare(
                     without, replay, nullcontext, device, blocks=blocks, number=number
                 )
-                results["waits, CUDA graph"] = {
-                    "off": synchronisations(without, 25), "on": synchronisations(replay, 25)
+                print(results["decode, CUDA graph"])
+                results["profile of decode, CUDA graph"] = {
+                    "off": profiled(without, 25), "on": profiled(replay, 25)
                 }  # fmt: skip
-            results["waits, eager decode"] = {"off": synchronisations(plain, 25)}
-            with attached():
-                plain()
-                results["waits, eager decode"]["on"] = synchronisations(plain, 25)
+            for label, step, number in (("decode", plain, 5), ("prefill", filled, 2)):
+                results[f"profile of {label}, eager"] = kinds = {"off": profiled(step, number)}
+                with attached():
+                    step()
+                    kinds["on"] = profiled(step, number)
     for label, figures in results.items():
         print(label, figures)
     if arguments.output:

@@ -299,7 +299,7 @@ class Recorder:
         if self._closed:
             return
         sampled = None if self._sampler is None else self._sampler.take()
-        while (pending := self._counters.snapshot()) is None and last:
+        while (pending := self._counters.snapshot(sampled)) is None and last:
             time.sleep(0.01)
         if pending is None:
             if "busy" not in self._told:
@@ -313,7 +313,6 @@ class Recorder:
                 time_s=self._opened_s,
                 steps=self._window_steps,
                 scenario=self._scenario,
-                sampled=sampled,
                 discard=discard,
                 last=last,
             )

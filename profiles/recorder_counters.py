@@ -6,12 +6,17 @@ Counters are never set back. A window is the difference of two snapshots, so a s
 with nothing to order it against: captured graphs keep adding to the same addresses, a snapshot
 that has to be left out only makes the next window longer, and 32 bits may wrap around, because
 differences are taken modulo 2**32.
+
+The thread that waits for snapshots makes no call to CUDA, not even to ask for an event: any call
+that may wait breaks a graph capture that another thread has under way. Behind each snapshot a
+number is copied to pinned memory, and the thread looks at that.
 Shape letters: P phases, L layers, E logical experts, C columns, T tokens, K top-k.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 
@@ -23,14 +28,15 @@ __all__ = ["DEVICE_BYTES", "Counters", "Pending"]
 
 # 16 buffers of 58 layers x 256 experts are 0.95 MB; what snapshots may take on the device.
 DEVICE_BYTES = 1 << 20
+POLL_S, PATIENCE_S = 0.002, 600
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A snapshot on its way to the host: buffer ``slot`` holds it once ``event`` has come."""
+    """A snapshot on its way to host buffer ``slot``, which holds it once its word is ``number``."""
 
     slot: int
-    event: torch.cuda.Event | None
+    number: int
 
 
 class Counters:
@@ -71,6 +77,13 @@ class Counters:
         torch._dynamo.mark_static_address(self.counts_PLC)
         self._rows = [list(layers.unbind(0)) for layers in self.counts_PLC.unbind(0)]
         self._stream = torch.cuda.Stream(device) if pinned else None
+        with torch.inference_mode(False):
+            # A word a buffer: buffers are in use until their word was seen.
+            self._numbers = torch.zeros(num_slots, dtype=torch.int32, device=device)
+            self._arrived = torch.zeros(num_slots, dtype=torch.int32, pin_memory=pinned)
+        self._snapshots = 0
+        self._extra: list[torch.Tensor] = []
+        self._in_use: dict[int, torch.Tensor] = {}
         self._free = deque(range(num_slots))
         self._lock = threading.Lock()
 
@@ -106,39 +119,66 @@ class Counters:
             row_C = self._rows[phase_idx][layer_idx]
         row_C.index_add_(0, ids, ones)
 
-    def snapshot(self) -> Pending | None:
-        """Start draining the counts as the current stream will have them; None where all
-        buffers are still on their way."""
+    def snapshot(self, extra: torch.Tensor | None = None) -> Pending | None:
+        """Start draining the counts as the current stream will have them.
+
+        Parameters
+        ----------
+        extra : Tensor, optional
+            Drained with them; always of one shape, and not written again.
+
+        Returns
+        -------
+        pending : Pending, optional
+            None where all buffers are still on their way.
+        """
         with self._lock:
             if not self._free:
                 return None
             slot = self._free.popleft()
+        if extra is not None:
+            self._in_use[slot] = extra
+        if extra is not None and not self._extra:
+            pinned = self._stream is not None
+            self._extra = [torch.empty_like(extra, device="cpu", pin_memory=pinned)
+                           for _ in range(len(self._host))]  # fmt: skip
+        # Modulo 2**31: the number is compared for equality only.
+        self._snapshots = (self._snapshots + 1) % (1 << 31)
+        self._numbers[slot].fill_(self._snapshots)
         if self._stream is None:
-            self._host[slot].copy_(self.counts_PLC)
-            return Pending(slot, None)
-        self._ring[slot].copy_(self.counts_PLC)
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._stream):
-            self._host[slot].copy_(self._ring[slot], non_blocking=True)
-            event = torch.cuda.Event(blocking=True)
-            event.record(self._stream)
-        return Pending(slot, event)
+            self._drain(slot, self.counts_PLC, extra)
+        else:
+            self._ring[slot].copy_(self.counts_PLC)
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                self._drain(slot, self._ring[slot], extra)
+        return Pending(slot, self._snapshots)
 
-    def take(self, pending: Pending) -> NDArray[np.uint32]:
-        """Wait for a snapshot, on a thread that may wait, and return it, shape [P, L, C]."""
-        if pending.event is not None:
-            pending.event.synchronize()
-        counts_PLC: NDArray[np.uint32] = self._host[pending.slot].numpy().view(np.uint32).copy()
+    def _drain(self, slot: int, counts_PLC: torch.Tensor, extra: torch.Tensor | None) -> None:
+        self._host[slot].copy_(counts_PLC, non_blocking=True)
+        if extra is not None:
+            self._extra[slot].copy_(extra, non_blocking=True)
+        self._arrived[slot].copy_(self._numbers[slot], non_blocking=True)
+
+    def take(self, pending: Pending) -> tuple[NDArray[np.uint32], NDArray[np.int16] | None]:
+        """Wait for a snapshot, on a thread that may, and return counts [P, L, C] and the extra.
+
+        Raises
+        ------
+        TimeoutError
+            It does not come: the device has failed, or has far more queued than any step takes.
+        """
+        arrived, start = self._arrived.numpy(), time.monotonic()
+        while arrived[pending.slot] != pending.number:
+            if time.monotonic() - start > PATIENCE_S:
+                raise TimeoutError(f"no counts from {self.device} for {PATIENCE_S} s")
+            time.sleep(POLL_S)
+        counts_PLC = self._host[pending.slot].numpy().view(np.uint32).copy()
+        extra = self._extra[pending.slot].numpy().copy() if self._extra else None
+        self._in_use.pop(pending.slot, None)
         with self._lock:
             self._free.append(pending.slot)
-        return counts_PLC
-
-    def fetch(self, tensor: torch.Tensor) -> NDArray[np.int16]:
-        """Return a tensor made before the last snapshot, on a thread that may wait."""
-        if self._stream is None:
-            return tensor.numpy()  # type: ignore[no-any-return]
-        with torch.cuda.stream(self._stream):
-            return tensor.cpu().numpy()  # type: ignore[no-any-return]
+        return counts_PLC, extra
 
     @property
     def device_bytes(self) -> int:

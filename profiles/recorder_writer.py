@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from eplb.errors import EplbError, InvalidInput
@@ -51,8 +50,6 @@ class Closed:
         When it began, seconds since 1970.
     steps : int
     scenario : str
-    sampled : Tensor, optional
-        Sampled routings.
     discard : bool
         Whether its counts are to be forgotten.
     last : bool
@@ -64,7 +61,6 @@ class Closed:
     time_s: float
     steps: int
     scenario: str
-    sampled: torch.Tensor | None
     discard: bool
     last: bool
 
@@ -210,11 +206,10 @@ class Writer:
             return None
 
     def _take(self, closed: Closed) -> None:
-        counts_PLC = self._counters.take(closed.pending)
+        counts_PLC, routings = self._counters.take(closed.pending)
         # Modulo 2**32, which is what makes counters that wrap around harmless.
         delta_PLC = (counts_PLC - self._before).astype(np.int64)
         self._before = counts_PLC
-        routings = None if closed.sampled is None else self._counters.fetch(closed.sampled)
         if closed.discard:
             return
         if self._reducer is None:
