@@ -156,7 +156,7 @@ class Recorder:
             weight_TK = (mask.reshape(-1, 1) != 0).to(torch.int32).expand_as(ids_TK)
         if phase not in PHASES:
             raise unknown_name("phase", phase, PHASES)
-        self.count(self.index_of(layer_id), ids_TK, weight_TK, phase, checked=False)
+        self.count(self.index_of(layer_id), [ids_TK], weight_TK, phase, checked=False)
 
     def step(self) -> None:
         """End a step: after each forward pass, replay of a graph, or idle step.
@@ -250,27 +250,35 @@ class Recorder:
 
     def count(
         self,
-        index: int,
-        ids_TK: torch.Tensor,
+        first: int,
+        ids: list[torch.Tensor],
         weight_TK: torch.Tensor | None,
         phase: str,
         *,
-        checked: bool,
+        checked: bool = True,
     ) -> None:
-        """Count choices of the layer at ``index``; see :meth:`Counters.add`."""
+        """Count choices [T, K] of the layer at index ``first`` and those behind it.
+
+        ``checked`` says that all ids are in range; see :meth:`Counters.add`.
+        """
         if self._closed:
             return
-        if ids_TK.device != self.device:
-            ids_TK = ids_TK.to(self.device)
+        if ids[0].device != self.device:
+            ids = [ids_TK.to(self.device) for ids_TK in ids]
             weight_TK = None if weight_TK is None else weight_TK.to(self.device)
         if not torch.compiler.is_compiling():
-            if not self._top_k[index]:
-                self._top_k[index] = ids_TK.shape[1]
+            for index in range(first, first + len(ids)):
+                self._top_k[index] = self._top_k[index] or ids[0].shape[1]
             if self._sampler is None:
-                self._start_sampler(ids_TK.shape[1])
-        self._counters.add(PHASES.index(phase), index, ids_TK, weight_TK, checked=checked)
+                self._start_sampler(ids[0].shape[1])
+        phase_idx = PHASES.index(phase)
+        if len(ids) > 1:
+            self._counters.add_layers(phase_idx, first, ids, weight_TK)
+        else:
+            self._counters.add(phase_idx, first, ids[0], weight_TK, checked=checked)
         if self._sampler is not None:
-            self._sampler.add(index, ids_TK, weight_TK)
+            for index, ids_TK in enumerate(ids, start=first):
+                self._sampler.add(index, ids_TK, weight_TK)
 
     def take_mask(self) -> torch.Tensor | None:
         """Return the mask of :meth:`mask_next` once."""

@@ -76,6 +76,10 @@ class Counters:
         # Graphs may be captured around these tensors: torch.compile must not copy them.
         torch._dynamo.mark_static_address(self.counts_PLC)
         self._rows = [list(layers.unbind(0)) for layers in self.counts_PLC.unbind(0)]
+        self._flat = [layers.reshape(-1) for layers in self.counts_PLC.unbind(0)]
+        with torch.inference_mode(False):
+            row = num_columns + 2
+            self._offset_L11 = (torch.arange(num_layers, device=device) * row).view(-1, 1, 1)
         self._stream = torch.cuda.Stream(device) if pinned else None
         with torch.inference_mode(False):
             # A word a buffer: buffers are in use until their word was seen.
@@ -118,6 +122,32 @@ class Counters:
         else:
             row_C = self._rows[phase_idx][layer_idx]
         row_C.index_add_(0, ids, ones)
+
+    def add_layers(
+        self,
+        phase_idx: int,
+        first: int,
+        ids: list[torch.Tensor],
+        weight_TK: torch.Tensor | None,
+    ) -> None:
+        """Count the choices of layers in a row at once, in a few kernels for all of them.
+
+        Parameters
+        ----------
+        phase_idx : int
+        first : int
+            Index of the first layer.
+        ids : list of Tensor of int64, each of shape [T, K]
+            Of that layer and those behind it; every id within ``0:num_columns``.
+        weight_TK : Tensor of int32, shape [T, K], optional
+            0 for padding.
+        """
+        at = (torch.stack(ids) + self._offset_L11[first : first + len(ids)]).reshape(-1)
+        if weight_TK is None:
+            ones = self._one.expand(at.shape[0])
+        else:
+            ones = weight_TK.expand(len(ids), *weight_TK.shape).reshape(-1)
+        self._flat[phase_idx].index_add_(0, at, ones)
 
     def snapshot(self, extra: torch.Tensor | None = None) -> Pending | None:
         """Start draining the counts as the current stream will have them.

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["Hooks", "check_free"]
 
 _log = logging.getLogger("eplb.recorder")
+# Choices that are put off to the end of the forward, to be counted with those of other layers in
+# a few kernels: half a megabyte of int64, which the model's own tensors hold. Larger ones are
+# counted at once, where a kernel each costs nothing beside their layer.
+MAX_DEFERRED = 1 << 16
 _recorded: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -82,6 +86,9 @@ class Hooks:
         self._phase = "mixed"
         self._mask: torch.Tensor | None = None
         self._weights: dict[int, torch.Tensor] = {}
+        self._pending: list[tuple[int, torch.Tensor, int]] = []
+        self._num_pending = 0
+        self._defer = True
         self._told: set[str] = set()
         self.calls_outside = 0
         self._handles = [
@@ -124,6 +131,8 @@ class Hooks:
     def _begin(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside = True
         self._weights = {}
+        self._pending = []
+        self._num_pending = 0
         tokens = self._argument("input_ids", args, kwargs)
         shaped = tokens if tokens is not None else self._argument("inputs_embeds", args, kwargs)
         self._mask = None
@@ -145,6 +154,8 @@ class Hooks:
             self._mask = ~ended if self._mask is None else self._mask & ~ended
 
     def _end(self, _module: nn.Module, _args: Any, _output: Any) -> None:
+        if self._pending:
+            self._flush()
         self._inside = False
         self._mask = None
         self._weights = {}
@@ -154,17 +165,53 @@ class Hooks:
             self._recorder.step()
 
     def _count(self, index: int, ids: torch.Tensor) -> None:
+        compiling = torch.compiler.is_compiling()
         if not self._inside:
             # A backward pass that computes activations again; or the model's parts, called alone.
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 self.calls_outside += 1
             return
-        ids_TK = ids.reshape(-1, ids.shape[-1])
+        if compiling or not self._defer or ids.is_inference() or ids.numel() >= MAX_DEFERRED:
+            if self._pending:
+                self._flush()
+            self._add(index, [ids])
+            return
+        self._num_pending += ids.numel()
+        self._pending.append((index, ids, ids._version))
+        if self._num_pending >= MAX_DEFERRED:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Count what was put off, layers in a row with choices of one shape at once."""
+        pending, self._pending, self._num_pending = self._pending, [], 0
+        run: list[torch.Tensor] = []
+        for place, (index, ids, version) in enumerate(pending):
+            if ids._version != version:
+                self._defer = False
+                self._tell("changed", "the experts chosen are changed in place after the router; "
+                           "one step was counted in part, the following are counted at once")  # fmt: skip
+                continue
+            run.append(ids)
+            following = pending[place + 1] if place + 1 < len(pending) else None
+            if (
+                following is None
+                or following[0] != index + 1
+                or following[1].shape != ids.shape
+                or following[1].dtype != ids.dtype
+                or following[1].device != ids.device
+                or following[1]._version != following[2]
+            ):
+                self._add(index + 1 - len(run), run)
+                run = []
+
+    def _add(self, first: int, layers: list[torch.Tensor]) -> None:
+        """Count the choices of layers in a row, [T, K] each."""
+        ids = [layer.reshape(-1, layer.shape[-1]) for layer in layers]
         weight_TK = None
         if self._mask is not None:
-            num_tokens, top_k = ids_TK.shape
+            num_tokens, top_k = ids[0].shape
             if self._mask.shape[0] != num_tokens:
-                self._tell(f"rows {index}", f"layer {self._recorder.layer_ids[index]} routes "
+                self._tell(f"rows {first}", f"layer {self._recorder.layer_ids[first]} routes "
                            f"{num_tokens} tokens of a batch of {self._mask.shape[0]}; it is not "
                            "counted, because its padding cannot be told")  # fmt: skip
                 return
@@ -172,7 +219,7 @@ class Hooks:
             if weight_TK is None:
                 weight_TK = self._mask.to(torch.int32).unsqueeze(1).expand(-1, top_k).contiguous()
                 self._weights[top_k] = weight_TK
-        self._recorder.count(index, ids_TK, weight_TK, self._phase, checked=True)
+        self._recorder.count(first, ids, weight_TK, self._phase)
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if name in kwargs:
