@@ -1,4 +1,4 @@
-"""``eplb profile``: look at recorded loads, and convert them."""
+"""``eplb profile``: look at recorded loads, convert, compare, split and follow them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import click
 
 from eplb.cli.engine_options import moe_layers_option
 from eplb.cli.options import Name, as_json, profile_arguments, read_windows, windows_option
+from eplb.cli.profile_windows import drift_command, merge_command, scenarios_command
+from eplb.cli.watch import watch_command
 from eplb.model import MODEL_PRESETS
 
 if TYPE_CHECKING:
@@ -19,7 +21,11 @@ __all__ = ["command"]
 
 @click.group("profile")
 def command() -> None:
-    """Look at recorded expert loads, and convert them."""
+    """Look at recorded expert loads, convert, compare, split and follow them."""
+
+
+for _command in (merge_command, drift_command, scenarios_command, watch_command):
+    command.add_command(_command)
 
 
 @command.command("show")

@@ -3,6 +3,7 @@
 if __name__ != "eplb.profiles":
     raise ImportError("import eplb.profiles; the bare name would make a second copy of its classes")
 
+from eplb.profiles.compare import add_profiles, compare_profiles
 from eplb.profiles.read import read_profile, read_profiles
 from eplb.profiles.routings import read_routings
 from eplb.profiles.sample import sample_profile, sample_routings
@@ -11,6 +12,8 @@ from eplb.profiles.write import write_profile
 
 __all__ = [
     "ProfileSummary",
+    "add_profiles",
+    "compare_profiles",
     "read_profile",
     "read_profiles",
     "read_routings",

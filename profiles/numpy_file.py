@@ -92,7 +92,14 @@ def read_npz(source: Source) -> LoadProfile:
     if source.array is not None and source.array not in members:
         raise unknown_name(f"array in {source.path.name}:", source.array, members.names)
     if source.array is not None and source.array != "counts":
-        return LoadProfile.from_counts(members.read(source.array), source=source.name)
+        # The recorder keeps layers of multi-token prediction apart: mtp_counts, mtp_layer_ids.
+        ids = f"{source.array.removesuffix('counts')}layer_ids"
+        named = ids != "layer_ids" and source.array.endswith("counts") and ids in members
+        return LoadProfile.from_counts(
+            members.read(source.array),
+            layer_ids=_whole(members.read(ids), source) if named else None,
+            source=source.name,
+        )
     if "counts" not in members:
         shapes = members.shapes()
         if not shapes:
@@ -110,11 +117,9 @@ def read_npz(source: Source) -> LoadProfile:
 
     with parsing(source, "profile"):
         layer_ids = optional("layer_ids")
-        if layer_ids is not None and (layer_ids.ndim != 1 or layer_ids.dtype.kind not in "iu"):
-            raise InvalidInput(f"{source.name}: layer_ids must be whole numbers, one a layer")
         return LoadProfile.from_counts(
             members.read("counts"),
-            layer_ids=None if layer_ids is None else layer_ids.tolist(),
+            layer_ids=None if layer_ids is None else _whole(layer_ids, source),
             scenario=_labels(optional("scenario"), "default", "scenario", source),
             phase=_labels(optional("phase"), "mixed", "phase", source),
             tokens=_numbers(optional("tokens"), "tokens", source),
@@ -129,6 +134,13 @@ def read_npy(source: Source) -> LoadProfile:
     with parsing(source, ".npy array"):
         counts = np.lib.format.open_memmap(source.path, mode="r")
         return LoadProfile.from_counts(counts, source=source.name)
+
+
+def _whole(layer_ids: NDArray[Any], source: Source) -> list[int]:
+    if layer_ids.ndim != 1 or layer_ids.dtype.kind not in "iu":
+        raise InvalidInput(f"{source.name}: layer_ids must be whole numbers, one a layer")
+    ids: list[int] = layer_ids.tolist()
+    return ids
 
 
 def _labels(array: NDArray[Any] | None, default: str, name: str, source: Source) -> Any:

@@ -147,6 +147,8 @@ class Recorder:
             raise InvalidInput(
                 f"topk_ids must be whole numbers, the experts chosen; got {topk_ids.dtype}"
             )
+        if ids_TK.dtype not in {torch.int32, torch.int64}:
+            ids_TK = ids_TK.to(torch.int32)
         weight_TK = None
         if mask is not None:
             if mask.numel() != ids_TK.shape[0]:

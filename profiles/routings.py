@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb.errors import InvalidInput, unknown_name
+from eplb.profiles.journal import read_records
 from eplb.profiles.numpy_file import Members
-from eplb.source import open_source, parsing
+from eplb.source import JOURNAL_SUFFIX, open_source, parsing
 
 __all__ = ["read_routings"]
 
@@ -35,6 +36,12 @@ def read_routings(spec: str | os.PathLike[str]) -> NDArray[Any]:
         if name not in members:
             raise unknown_name(f"array in {source.path.name}:", name, members.names)
         topk_TLK = members.read(name)
+    elif source.suffix == JOURNAL_SUFFIX:
+        name = source.array or "routings"
+        records = [record for _, record in read_records(source.path)][1:]
+        if not any(name in record for record in records):
+            raise InvalidInput(f"{source.name} has no array {name!r}; record with sample_tokens")
+        topk_TLK = np.concatenate([record[name] for record in records if name in record])
     elif source.suffix == ".npy":
         with parsing(source, ".npy array"):
             topk_TLK = np.array(np.lib.format.open_memmap(source.path, mode="r"))

@@ -58,21 +58,18 @@ def compare(path: Path, layers, expected) -> None:
         assert counts.sum() == counts[rows].sum()
 
 
-def check_ranks(rank: int, num_ranks: int, names, folder: str, device: str, port: int) -> None:
-    """Record on several processes into one file, reduced, and compare with the sum."""
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks
-    )
-    torch.set_num_threads(1)
+def check_on_ranks(names, folder: Path, device: str) -> None:
+    """Record on the ranks of the default group into one file, reduced, and compare with the sum."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
     for name in names:
         layers, expected = check_family(
-            name, Path(folder), device, seed=rank, reduce=True, sources="rank"
+            name, folder, device, seed=rank, reduce=True, sources="rank"
         )
         total = {phase: torch.from_numpy(counts.copy()) for phase, counts in expected.items()}
         for counts in total.values():
             dist.all_reduce(counts)
         if rank == 0:
-            path = Path(folder) / f"{name}.npz"
+            path = folder / f"{name}.npz"
             compare(path, layers, {phase: counts.numpy() for phase, counts in total.items()})
             with np.load(path) as file:
                 by_source = file["source_counts"]
@@ -82,6 +79,15 @@ def check_ranks(rank: int, num_ranks: int, names, folder: str, device: str, port
                 assert np.array_equal(by_source[:, 0].sum(axis=0), own)
             print(f"{name}: exact on {num_ranks} processes")
         dist.barrier()
+
+
+def run_rank(rank: int, num_ranks: int, names, folder: str, device: str, port: int) -> None:
+    """Be one of the processes of :func:`main`."""
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=num_ranks
+    )
+    torch.set_num_threads(1)
+    check_on_ranks(names, Path(folder), device)
     dist.destroy_process_group()
 
 
@@ -109,7 +115,7 @@ def main(device: str, num_ranks: int) -> None:
                 exact.append(name)
         with tempfile.TemporaryDirectory() as other:
             arguments = (num_ranks, exact, other, device, free_port())
-            multiprocessing.spawn(check_ranks, arguments, nprocs=num_ranks)
+            multiprocessing.spawn(run_rank, arguments, nprocs=num_ranks)
     print(f"{device}: {len(exact)} exact in one process and on {num_ranks}; not exact: {bad}")
 
 

@@ -52,7 +52,7 @@ SPECIAL: dict[str, dict[str, object]] = {
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                            "mrope_section": [1, 1, 0]}},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
-    "hy_v4_vl_text": {"qk_rope_head_dim": 64},
+    "hy_v4_vl_text": {"qk_rope_head_dim": 64, "index_head_dim": 64},
     "glm5_next_text": {"qk_rope_head_dim": 0},
     "ernie4_5_vl_moe": {"moe_intermediate_size": [16, 16], "head_dim": 16, "hidden_size": 64,
                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
