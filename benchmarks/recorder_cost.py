@@ -22,6 +22,7 @@ import torch
 import transformers
 from run import environment
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from eplb.profiles.recorder import Recorder, record
@@ -33,18 +34,23 @@ SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSyn
 
 def build(device: str, *, tiny: bool) -> nn.Module:
     """Return the model, in evaluation mode."""
-    wide = {"hidden_size": 2048, "intermediate_size": 4096, "moe_intermediate_size": 128,
-            "num_hidden_layers": 61, "n_routed_experts": 256, "num_experts_per_tok": 8,
-            "n_group": 8, "topk_group": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
-            "q_lora_rank": 512, "kv_lora_rank": 256, "vocab_size": 32000}  # fmt: skip
-    narrow = {**wide, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 16,
-              "num_hidden_layers": 5, "n_routed_experts": 16, "num_experts_per_tok": 2,
-              "n_group": 1, "topk_group": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
-              "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-              "v_head_dim": 8, "vocab_size": 256}  # fmt: skip
+    sizes: dict[str, Any] = {
+        "hidden_size": 2048, "intermediate_size": 4096, "moe_intermediate_size": 128,
+        "num_hidden_layers": 61, "n_routed_experts": 256, "num_experts_per_tok": 8,
+        "n_group": 8, "topk_group": 4, "num_attention_heads": 16, "num_key_value_heads": 16,
+        "q_lora_rank": 512, "kv_lora_rank": 256, "vocab_size": 32000,
+    }  # fmt: skip
+    if tiny:
+        sizes |= {
+            "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 16,
+            "num_hidden_layers": 5, "n_routed_experts": 16, "num_experts_per_tok": 2,
+            "n_group": 1, "topk_group": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+            "v_head_dim": 8, "vocab_size": 256,
+        }  # fmt: skip
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model: nn.Module = DeepseekV3ForCausalLM(DeepseekV3Config(**(narrow if tiny else wide)))
+        model: nn.Module = DeepseekV3ForCausalLM(DeepseekV3Config(**sizes))
     torch.set_default_dtype(torch.float32)
     return model.eval()
 
@@ -59,7 +65,7 @@ def steps_of(
 def captured(model: nn.Module, tokens: torch.Tensor) -> Callable[[], Any]:
     """Return what replays one step from a CUDA graph."""
     step = steps_of(model, tokens, None)
-    side = torch.cuda.Stream()
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(2):
@@ -120,8 +126,6 @@ def compare(
 
 def profiled(step: Callable[[], Any], number: int) -> dict[str, float]:
     """Count the calls of any thread that wait for the device, and time the kernels that count."""
-    from torch.profiler import ProfilerActivity, profile
-
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         for _ in range(number):
             step()

@@ -1,4 +1,4 @@
-"""``eplb profile merge|drift|scenarios``: put recordings together, compare them, take them apart."""
+"""``eplb profile merge|drift|scenarios``: join recordings, compare them, take them apart."""
 
 from __future__ import annotations
 
@@ -94,9 +94,7 @@ def drift_command(old: str, new: str, json_: bool) -> None:
         name = str(layer.layer_id)
         if len(part) > 1:
             name += f" (worst of {part[0].layer_id}-{part[-1].layer_id})"
-        grid.add_row(
-            name, show.percent(layer.drift), _changes(layer.gained), _changes(layer.lost)
-        )
+        grid.add_row(name, show.percent(layer.drift), _changes(layer.gained), _changes(layer.lost))
     out.print(grid)
     out.print()
     out.print(

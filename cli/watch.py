@@ -44,16 +44,15 @@ def watch_command(file: str, interval: float, once: bool) -> None:
     figures: deque[WindowFigures] = deque(maxlen=SHOWN)
     out = show.console()
     count = _look(follower, figures)
-    if once or follower.finished or not out.is_terminal:
-        out.print(_table(file, figures, count, finished=follower.finished))
+    if once or follower.is_finished() or not out.is_terminal:
+        out.print(_table(file, figures, count, finished=follower.is_finished()))
         return
     with Live(console=out, auto_refresh=False) as live:
-        while True:
-            live.update(_table(file, figures, count, finished=follower.finished), refresh=True)
-            if follower.finished:
-                return
+        while not follower.is_finished():
+            live.update(_table(file, figures, count, finished=False), refresh=True)
             time.sleep(interval)
             count += _look(follower, figures)
+        live.update(_table(file, figures, count, finished=True), refresh=True)
 
 
 def _look(follower: Follower, figures: deque[Any]) -> int:

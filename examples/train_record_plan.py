@@ -120,7 +120,7 @@ class BiasBalance:
     def step(self) -> None:
         """Move the biases, and start to count anew."""
         for bias, load in self._loads:
-            bias += BIAS_RATE * torch.sign(load.mean() - load)
+            bias.add_(BIAS_RATE * torch.sign(load.mean() - load))
             load.zero_()
 
 
@@ -181,7 +181,7 @@ def record_kinds(
 
 def halves(profile: LoadProfile) -> tuple[LoadProfile, LoadProfile]:
     """Return the first and the second half of the windows of each scenario."""
-    place = {name: 0 for name in profile.scenarios}
+    place = dict.fromkeys(profile.scenarios, 0)
     first, second = [], []
     for window, name in enumerate(profile.scenario_W):
         half = first if place[name] < profile.scenario_W.count(name) // 2 else second
@@ -204,9 +204,7 @@ def halves(profile: LoadProfile) -> tuple[LoadProfile, LoadProfile]:
 def plan_and_score(path: Path, name: str, size: Size) -> dict[str, Any]:
     """Plan from the first half of a recording, and score the plan on the second."""
     fitted, unseen = halves(read_profile(path))
-    topology = Topology(
-        num_nodes=1, ranks_per_node=size.ranks, slots_per_rank=size.slots_per_rank
-    )
+    topology = Topology(num_nodes=1, ranks_per_node=size.ranks, slots_per_rank=size.slots_per_rank)
     model = MoEModel(
         name=name, num_experts=fitted.num_experts, layer_ids=fitted.layer_ids, top_k=size.top_k
     )

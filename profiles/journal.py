@@ -76,7 +76,9 @@ class Journal:
             raise InvalidInput(f"cannot write {self.path}: {error.strerror}") from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._end = self._resume(header) if os.fstat(self._file).st_size else self._begin(header)
+            self._end = (
+                self._resume(header) if os.fstat(self._file).st_size else self._begin(header)
+            )
         except BlockingIOError:
             os.close(self._file)
             raise InvalidInput(
@@ -122,12 +124,13 @@ class Journal:
 
     def _resume(self, header: Arrays) -> int:
         end = 0
-        for number, (end, record) in enumerate(read_records(self.path)):
-            if number == 0 and _layout(record) != _layout(header):
+        for behind, record in read_records(self.path):
+            if end == 0 and _layout(record) != _layout(header):
                 raise InvalidInput(
                     f"{self.path} was recorded from another model (layers or experts differ); "
                     "record to another file"
                 )
+            end = behind
         if end == 0:
             return self._begin(header)
         os.ftruncate(self._file, end)

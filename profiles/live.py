@@ -70,9 +70,13 @@ class Follower:
         self._offset = 0
         self._layer_ids: tuple[int, ...] = ()
         self._last: dict[str, FloatArray] = {}
-        self.finished = not self._journal.exists()
-        if self.finished and not path.exists():
+        self._finished = not self._journal.exists()
+        if self._finished and not path.exists():
             raise InvalidInput(f"{path} does not exist, nor is it being recorded; check the path")
+
+    def is_finished(self) -> bool:
+        """Return whether the recording was closed."""
+        return self._finished
 
     def poll(self) -> list[WindowFigures]:
         """Return the windows that are new.
@@ -82,7 +86,7 @@ class Follower:
         InvalidInput
             The file is no recording.
         """
-        if self.finished:
+        if self._finished:
             return self._read_whole() if self._offset == 0 else []
         found = []
         try:
@@ -102,7 +106,7 @@ class Follower:
                 self._offset = end
         except FileNotFoundError:
             # Closed since the last look: all windows are in the profile now.
-            self.finished = True
+            self._finished = True
             return self._read_whole() if self._offset == 0 else []
         return found
 

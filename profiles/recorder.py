@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, Unpack
+from typing import Literal, Self, Unpack
 
 import torch
 from torch import nn
@@ -292,7 +292,7 @@ class Recorder:
     def attach(
         self, model: nn.Module, layers: tuple[MoELayer, ...], *, count_finished: bool = False
     ) -> None:
-        """Hook this recorder to the layers it was made for; :func:`record` does it all."""
+        """Attach to the layers this recorder was made for; :func:`record` does it all."""
         self._hooks = Hooks(self, model, layers, count_finished=count_finished)
 
     def _start_sampler(self, top_k: int) -> None:
@@ -365,7 +365,8 @@ def record(
     layers = find_layers(inner)
     check_free(layers)
     device = next(layers[0].module.parameters()).device
-    metadata: dict[str, Any] = {"model": _name(inner), **options.get("metadata", {})}
+    named = options.copy()
+    named["metadata"] = {"model": _name(inner), **options.get("metadata", {})}
     recorder = Recorder(
         path,
         num_experts=layers[0].num_experts,
@@ -374,7 +375,7 @@ def record(
         num_columns=max(layer.num_columns for layer in layers),
         top_k=layers[0].top_k,
         device=device,
-        **{**options, "metadata": metadata},
+        **named,
     )
     recorder.attach(model, layers, count_finished=count_finished)
     return recorder

@@ -80,7 +80,7 @@ class Counters:
         with torch.inference_mode(False):
             row = num_columns + 2
             self._offset_L11 = (torch.arange(num_layers, device=device) * row).view(-1, 1, 1)
-        self._stream = torch.cuda.Stream(device) if pinned else None
+        self._stream = torch.cuda.Stream(device) if pinned else None  # type: ignore[no-untyped-call]
         with torch.inference_mode(False):
             # A word a buffer: buffers are in use until their word was seen.
             self._numbers = torch.zeros(num_slots, dtype=torch.int32, device=device)

@@ -29,6 +29,15 @@ _log = logging.getLogger("eplb.recorder")
 # a few kernels: half a megabyte of int64, which the model's own tensors hold. Larger ones are
 # counted at once, where a kernel each costs nothing beside their layer.
 MAX_DEFERRED = 1 << 16
+
+NO_MASK = (
+    "attention masks of more than two dimensions do not tell which tokens are padding; these are "
+    "counted (Recorder.mask_next tells)"
+)
+CHANGED = (
+    "the experts chosen are changed in place after the router; one step was counted in part, the "
+    "following are counted at once"
+)
 _recorded: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
@@ -147,8 +156,7 @@ class Hooks:
             # A cache makes the mask longer than the tokens of this forward, which are its last.
             self._mask = mask[:, mask.shape[1] - num_positions :].reshape(-1) != 0
         elif mask is not None and num_positions > 1:
-            self._tell("no mask", "attention masks of more than two dimensions do not tell which "
-                       "tokens are padding; these are counted (Recorder.mask_next tells)")  # fmt: skip
+            self._tell("no mask", NO_MASK)
         if self._idle is not None and num_positions == 1 and tokens is not None:
             ended = (tokens.reshape(-1, 1) == self._idle).any(dim=1)
             self._mask = ~ended if self._mask is None else self._mask & ~ended
@@ -188,8 +196,7 @@ class Hooks:
         for place, (index, ids, version) in enumerate(pending):
             if ids._version != version:
                 self._defer = False
-                self._tell("changed", "the experts chosen are changed in place after the router; "
-                           "one step was counted in part, the following are counted at once")  # fmt: skip
+                self._tell("changed", CHANGED)
                 continue
             run.append(ids)
             following = pending[place + 1] if place + 1 < len(pending) else None
@@ -235,7 +242,7 @@ class Hooks:
 
 def _idle_tokens(model: nn.Module, device: torch.device) -> torch.Tensor | None:
     """Return the ids that ``generate`` feeds to sequences that have ended."""
-    ids: set[int] = set()
+    ids: set[Any] = set()
     for config in (getattr(model, "generation_config", None), getattr(model, "config", None)):
         for name in ("eos_token_id", "pad_token_id"):
             value = getattr(config, name, None)

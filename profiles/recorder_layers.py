@@ -94,8 +94,8 @@ def find_layers(model: nn.Module) -> tuple[MoELayer, ...]:
     for layer in layers:
         if layer.layer_id in seen:
             raise InvalidInput(
-                f"layer id {layer.layer_id} stands for {seen[layer.layer_id]} and for {layer.path}; "
-                "record the part of the model that holds only one of them"
+                f"layer id {layer.layer_id} stands for {seen[layer.layer_id]} and for "
+                f"{layer.path}; record the part of the model that holds only one of them"
             )
         seen[layer.layer_id] = layer.path
     if len({layer.num_experts for layer in layers}) > 1:
@@ -121,7 +121,7 @@ def _layers(model: nn.Module) -> Iterator[MoELayer]:
             scores_at, without = ROUTERS[type(module).__name__]
             if without and without in path.split("."):
                 continue
-            num_experts = num_columns = int(module.num_experts)  # type: ignore[arg-type]
+            num_experts = num_columns = int(module.num_experts)
         else:
             continue
         number, is_mtp = _position(path, depth)
@@ -169,7 +169,7 @@ def _position(path: str, depth: int | None) -> tuple[int, bool]:
 
 
 def _text_config(model: nn.Module) -> Any:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 

@@ -146,9 +146,7 @@ class Writer:
         try:
             windows = export_journal(journal, self._path)
         except EplbError as error:
-            _log.error(  # noqa: TRY400
-                "the recording stays in %s, which is read as it is: %s", journal, error
-            )
+            _log.error("the recording stays in %s, which is read as it is: %s", journal, error)
             return
         journal.unlink()
         if windows == 0:
@@ -191,7 +189,7 @@ class Writer:
                     self._reduce(last=False)
                 else:
                     self._take(closed)
-            except Exception:
+            except Exception:  # noqa: BLE001
                 # The thread must live: without it no snapshot buffer is ever free again.
                 _log.exception("a window could not be recorded")
 
@@ -305,7 +303,7 @@ class Writer:
         except OSError as error:
             if "disk" not in self._told:
                 self._told.add("disk")
-                _log.error(  # noqa: TRY400
+                _log.error(
                     "cannot write %s (%s); the last %d windows are kept in memory until it can be",
                     self._journal.path, error.strerror, MAX_BACKLOG,
                 )  # fmt: skip

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
 from families import NOT_EXPERTS, VOCABULARY, families, tiny_model
 from reference_counts import Reference
+from torch import multiprocessing
 
 from eplb.errors import EplbError
 from eplb.profiles import read_profile

@@ -69,12 +69,13 @@ SPECIAL: dict[str, dict[str, object]] = {
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
+_TWO_STACKS = "an encoder and a decoder whose layers have the same ids; no causal language model"
 # What is called experts and cannot be recorded, with the reason.
 NOT_EXPERTS: dict[str, str] = {
     "doge": "retrieves rows of an embedding by product keys inside of one module; no experts",
     "granite_docling_text": "routes densities of its vision tower",
-    "nllb-moe": "an encoder and a decoder whose layers have the same ids; no causal language model",
-    "switch_transformers": "an encoder and a decoder whose layers have the same ids; no causal language model",
+    "nllb-moe": _TWO_STACKS,
+    "switch_transformers": _TWO_STACKS,
 }
 
 

@@ -227,5 +227,5 @@ def test_following_a_recording(tmp_path):
     export_journal(journal.path, path)
     journal.path.unlink()
     assert follower.poll() == []
-    assert follower.finished
+    assert follower.is_finished()
     assert len(Follower(path).poll()) == 2

@@ -123,7 +123,7 @@ def test_ranks_add_up_window_by_window():
     added = add_profiles([first, second])
     assert np.array_equal(added.counts_WLE, first.counts_WLE + second.counts_WLE)
     assert added.tokens_W.tolist() == [2] * 30
-    with pytest.raises(InvalidInput, match="30 and 29 windows|29 and 30 windows"):
+    with pytest.raises(InvalidInput, match="29 and 30 windows"):
         add_profiles([first, second.windows(1, None)])
     with pytest.raises(InvalidInput, match="give profiles of one model"):
         add_profiles([first, LoadProfile.from_counts(np.ones((30, 2, 8)))])
