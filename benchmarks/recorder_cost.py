@@ -22,14 +22,11 @@ import torch
 import transformers
 from run import environment
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from eplb.profiles.recorder import Recorder, record
 
 WINDOW_STEPS = 20
-SYNCHRONISING = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize",
-                 "cudaMemcpy", "cudaEventQuery")  # fmt: skip
 
 
 def build(device: str, *, tiny: bool) -> nn.Module:
@@ -124,23 +121,6 @@ def compare(
             "steps": len(times["on"])}  # fmt: skip
 
 
-def profiled(step: Callable[[], Any], number: int) -> dict[str, float]:
-    """Count the calls of any thread that wait for the device, and time the kernels that count."""
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        for _ in range(number):
-            step()
-    # Leaving the block waits for the device once.
-    events = profiler.events() or []
-    adding = [e for e in events if "indexFunc" in e.name]
-    spent_us = sum(e.device_time_total for e in adding)
-    return {
-        "waits": sum(e.name in SYNCHRONISING for e in events),
-        "index_add_kernels": len(adding),
-        "index_add_us_each": spent_us / len(adding) if adding else 0.0,
-        "steps": number,
-    }
-
-
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -185,14 +165,6 @@ def main() -> None:
                 results["decode, CUDA graph"] = compare(
                     without, replay, nullcontext, device, blocks=blocks, number=number
                 )
-                print(results["decode, CUDA graph"])
-                results["profile of decode, CUDA graph"] = {
-                    "off": profiled(without, 21), "on": profiled(replay, 21)
-                }  # fmt: skip
-            kinds = results["profile of decode, eager"] = {"off": profiled(plain, 2)}
-            with attached():
-                plain()
-                kinds["on"] = profiled(plain, 2)
     for label, figures in results.items():
         print(label, figures)
     if arguments.output:

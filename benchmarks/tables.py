@@ -20,6 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "recording.md",
     ROOT / "docs" / "engines" / "vllm.md",
     ROOT / "docs" / "requests.md",
 )
@@ -109,9 +110,27 @@ def vllm_policy() -> str:
     return _markdown(head, body) + _measured_on(environment)
 
 
+def recorder_cost() -> str:
+    """Return step times without and with the recorder."""
+    results, environment = _report("recorder-cost.json")
+    body = [
+        [label, f"{figures['off_ms']:.2f}", f"{figures['on_ms']:.2f}",
+         f"{figures['cost_percent']:+.1f}%", str(figures["steps"])]
+        for label, figures in results.items()
+    ]  # fmt: skip
+    measured_on = (
+        f"\n{environment['device']}, {environment['decode_tokens']} tokens a decode step, "
+        f"{environment['prefill_tokens']} a prefill step, torch {environment['torch']}, "
+        f"transformers {environment['transformers']}, {environment['date'][:10]}.\n"
+    )
+    head = ["step", "ms without", "ms recording", "difference", "steps each"]
+    return _markdown(head, body) + measured_on
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "greedy": greedy,
     "greedy-short": greedy_short,
+    "recorder-cost": recorder_cost,
     "timings": timings,
     "vllm-policy": vllm_policy,
     **REQUEST_TABLES,

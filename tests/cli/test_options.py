@@ -29,7 +29,14 @@ OPTIONS = {
         "PROFILE...", "--json", "--model", "--moe-layers", "--output", "--phase", "--placement",
         "--scenario", "--windows", "-o",
     },
+    "profile drift": {"NEW", "OLD", "--json"},
+    "profile merge": {"PROFILE...", "--add", "--json", "--output", "--windows", "-o"},
+    "profile scenarios": {
+        "PROFILE...", "--by", "--clusters", "--hours", "--json", "--output", "--representatives",
+        "--seed", "--utc-offset", "--windows", "-o",
+    },
     "profile show": {"PROFILE...", "--json", "--windows"},
+    "profile watch": {"FILE", "--interval", "--once"},
     "requests compare": {"TRACE", "--json", "--policies", "--seeds", *DEPLOYMENT},
     "requests replay": {
         "TRACE", "--abort", "--feedback-steps", "--json", "--lose-rank", "--lose-step", "--plot",

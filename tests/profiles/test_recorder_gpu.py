@@ -102,6 +102,27 @@ def test_nothing_waits_for_the_device(tmp_path):
         assert np.array_equal(profile.counts_WLE.sum(axis=0)[layer], expected)
 
 
+def test_the_profiler_sees_no_wait(tmp_path):
+    from torch.profiler import ProfilerActivity, profile
+
+    ids = torch.randint(256, (128, 8), device=DEVICE)
+    waits = {}
+    with Recorder(
+        tmp_path / "x.npz", num_experts=256, layer_ids=range(58), device=DEVICE, every_steps=2
+    ) as recorder:
+        for steps in (0, 10):
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+                for _ in range(steps):
+                    for layer in range(58):
+                        recorder.observe(layer, ids)
+                    recorder.step()
+            # Leaving the block waits for the device by itself, as often with steps as without.
+            waits[steps] = sum(
+                event.count for event in profiler.key_averages() if "Synchronize" in event.key
+            )
+    assert waits[10] == waits[0]
+
+
 def test_ids_that_are_no_expert_leave_the_model_running(tmp_path, caplog):
     bad = torch.tensor([[0, 1], [2, 9], [-1, -1], [-7, 3]], device=DEVICE)
     with Recorder(tmp_path / "x.npz", num_experts=4, layer_ids=[0], device=DEVICE) as recorder:
