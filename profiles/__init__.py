@@ -5,7 +5,7 @@ if __name__ != "eplb.profiles":
 
 from eplb.profiles.compare import add_profiles, compare_profiles
 from eplb.profiles.read import read_profile, read_profiles
-from eplb.profiles.routings import read_routings
+from eplb.profiles.routings import co_activation, read_routings
 from eplb.profiles.sample import sample_profile, sample_routings
 from eplb.profiles.summary import ProfileSummary, summarise
 from eplb.profiles.write import write_profile
@@ -13,6 +13,7 @@ from eplb.profiles.write import write_profile
 __all__ = [
     "ProfileSummary",
     "add_profiles",
+    "co_activation",
     "compare_profiles",
     "read_profile",
     "read_profiles",

@@ -81,7 +81,7 @@ class Reducer:
         self._timeout = timeout
         self.rank = dist.get_rank(self._group)
         self.num_ranks = dist.get_world_size(self._group)
-        self.num_sources, self._source = _sources(settings, self.rank, self.num_ranks)
+        self.num_sources, self.source = _sources(settings, self.rank, self.num_ranks)
         self._shape = shape
         # All ranks count windows from one moment.
         start = torch.tensor([time.time()], dtype=torch.float64)
@@ -101,7 +101,7 @@ class Reducer:
         message = torch.zeros(own + 1 + self.num_ranks, dtype=torch.int64)
         if counts_PLC is not None:
             part = message[:own].view(self.num_sources, *self._shape)
-            part[self._source] = torch.from_numpy(counts_PLC)
+            part[self.source] = torch.from_numpy(counts_PLC)
         message[own] = int(done)
         message[own + 1 + self.rank] = steps
         work = dist.all_reduce(message, group=self._group, async_op=True)

@@ -112,6 +112,10 @@ class Writer:
             if settings.reduce is False
             else Reducer(settings, (num_phases, num_layers, num_columns))
         )
+        # Counts of this rank alone keep their place among the sources.
+        self._num_sources, self._source = (
+            (1, 0) if self._reducer is None else (self._reducer.num_sources, self._reducer.source)
+        )
         self.start_s = time.time() if self._reducer is None else self._reducer.start_s
         self._journal: Journal | None = None
         if self._reducer is None or self._reducer.rank == 0:
@@ -211,7 +215,7 @@ class Writer:
         if closed.discard:
             return
         if self._reducer is None:
-            self._write(delta_PLC[np.newaxis], closed.steps, closed.time_s, closed, routings)
+            self._write(self._own(delta_PLC), closed.steps, closed.time_s, closed, routings)
             return
         self._carried = delta_PLC if self._carried is None else self._carried + delta_PLC
         self._carried_steps += closed.steps
@@ -248,9 +252,14 @@ class Writer:
                 self._opened_s = now
                 return total.all_done
         if not empty and self._carried is not None:
-            self._write(self._carried[np.newaxis], steps, self._opened_s, closed, routings)
+            self._write(self._own(self._carried), steps, self._opened_s, closed, routings)
             self._carried, self._carried_steps, self._opened_s = None, 0, now
         return last
+
+    def _own(self, counts_PLC: NDArray[np.int64]) -> NDArray[np.int64]:
+        counts_NPLC = np.zeros((self._num_sources, *counts_PLC.shape), np.int64)
+        counts_NPLC[self._source] = counts_PLC
+        return counts_NPLC
 
     def _go_alone(self, error: Exception) -> None:
         assert self._reducer is not None

@@ -1,4 +1,4 @@
-"""Sampled token routings: the experts that each token chose, ``[T, L, K]``."""
+"""Sampled token routings: the experts that each token chose, ``[T, L, K]``, of E in a layer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eplb.arrays import IntArray
 from eplb.errors import InvalidInput, unknown_name
 from eplb.profiles.journal import read_records
 from eplb.profiles.numpy_file import Members
 from eplb.source import JOURNAL_SUFFIX, open_source, parsing
 
-__all__ = ["read_routings"]
+__all__ = ["co_activation", "read_routings"]
 
 
 def read_routings(spec: str | os.PathLike[str]) -> NDArray[Any]:
@@ -53,3 +54,32 @@ def read_routings(spec: str | os.PathLike[str]) -> NDArray[Any]:
             f"{topk_TLK.dtype} of {list(topk_TLK.shape)}"
         )
     return topk_TLK
+
+
+def co_activation(topk_TLK: NDArray[Any], num_experts: int) -> IntArray:
+    """Count how often two experts were chosen by one token.
+
+    Parameters
+    ----------
+    topk_TLK : array of int, shape [T, L, K]
+        Sampled routings; ids that are no expert (-1: not routed) do not count.
+    num_experts : int
+        E.
+
+    Returns
+    -------
+    pairs_LEE : array of int64, shape [L, E, E]
+        Symmetric; the diagonal is how often an expert was chosen.
+    """
+    num_tokens, num_layers, _ = topk_TLK.shape
+    pairs_LEE = np.zeros((num_layers, num_experts, num_experts), np.int64)
+    for layer in range(num_layers):
+        ids_TK = topk_TLK[:, layer].astype(np.int64)
+        real = (ids_TK >= 0) & (ids_TK < num_experts)
+        chosen_TE = np.zeros((num_tokens, num_experts), np.float32)
+        chosen_TE[np.nonzero(real)[0], ids_TK[real]] = 1
+        # Sums of ones are exact in float32 up to 2**24 tokens, and a matrix product is fast.
+        for start in range(0, num_tokens, 1 << 24):
+            part_TE = chosen_TE[start : start + (1 << 24)]
+            pairs_LEE[layer] += (part_TE.T @ part_TE).astype(np.int64)
+    return pairs_LEE

@@ -51,7 +51,7 @@ def work(rank: int, num_ranks: int, folder: str) -> None:
         check_on_ranks(["deepseek_v3", "mixtral", "llama4_text"], Path(folder), "cpu")
     dist.barrier()
     # The last rank leaves without a word.
-    recorder = make(folder, "away", every_steps=1, reduce_timeout_s=1.0)
+    recorder = make(folder, "away", every_steps=1, reduce_timeout_s=1.0, sources="rank")
     steps(recorder, 1)
     if rank == 3:
         os._exit(0)

@@ -56,6 +56,10 @@ def test_a_rank_that_stays_away_ends_the_sum_and_loses_no_count(folder):
     total = sum(read_profile(part).counts_WLE.sum(axis=(0, 1)) for part in parts)
     # Three ranks with three steps each; the step of the one that left may be in or not.
     assert total.tolist() in [(n * COUNTS).tolist() for n in (9, 10)]
+    with np.load(parts[1]) as file:
+        by_rank = file["source_counts"].sum(axis=(0, 2))
+    assert by_rank[[0, 2, 3]].sum() == 0
+    assert by_rank[1].sum() > 0
 
 
 def test_only_groups_on_the_host_are_used(monkeypatch):
