@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import eplb
-from eplb.profiles.journal import Journal, journal_path
+from eplb.profiles.journal import Journal
+from eplb.source import journal_path
 
 
 @pytest.fixture

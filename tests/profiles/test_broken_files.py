@@ -106,7 +106,7 @@ TEXTS = [
     ("p.json", '{"logical_count": null}', "must be numbers"),
     ("p.json", f'{{"logical_count": [[{"9" * 400}]]}}', "p.json"),
     ("p.json", "[" * 100_000, "is not a readable JSON file"),
-    ("p.parquet", "PAR1", "known: .csv, .json, .jsonl, .npy, .npz, .pt"),
+    ("p.parquet", "PAR1", "known: .csv, .journal, .json, .jsonl, .npy, .npz, .pt"),
     ("p", "1,2", "unknown profile format"),
 ]
 
