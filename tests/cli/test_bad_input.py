@@ -64,7 +64,10 @@ PROFILES = [
     ("zero.npy", "all counts are zero"),
     ("ragged.csv", "line 2: 2 cells where line 1 has 3"),
     ("words.csv", "line 2: 'five' is not a number"),
-    ("loads.parquet", "unknown profile format .*known: .csv, .journal, .json, .jsonl, .npy, .npz, .pt"),
+    (
+        "loads.parquet",
+        "unknown profile format .*known: .csv, .journal, .json, .jsonl, .npy, .npz, .pt",
+    ),
     ("good.npz:count", "unknown array in good.npz: 'count'; did you mean 'counts'"),
 ]
 
