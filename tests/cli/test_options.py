@@ -13,7 +13,7 @@ OPTIONS = {
     "evaluate": {
         "PLAN", "PROFILE...", "--json", "--phase", "--routings", "--split", "--tokens-per-step",
         "--windows",
-    },  # fmt: skip
+    },
     "export": {"PLAN", "--json", "--moe-layers", "--output", "--to", "-o"},
     "import": {
         "FILE", "--from", "--json", "--model", "--moe-layers", "--nodes", "--output",
