@@ -47,14 +47,19 @@ def write_plan(plan: Plan, path: str | os.PathLike[str]) -> None:
     if split_weights is not None:
         text += "split_weights:\n"
         for layer_id, weights in split_weights.items():
-            # Not as repr does: YAML takes 1e-09 for text.
-            text += f"  {layer_id}: [{', '.join(format(w, '.9f') for w in weights)}]\n"
+            text += f"  {layer_id}: [{', '.join(map(_float, weights))}]\n"
     rest: dict[str, Any] = {}
     if plan.quality is not None:
         rest["quality"] = plan.quality.to_dict()
     rest["provenance"] = dict(plan.provenance)
     rest["digest"] = plan.digest()
     write_atomic(path, (text + _dump(rest)).encode())
+
+
+def _float(value: float) -> str:
+    """Return a number to its last bit, which the digest needs; YAML takes 1e-09 for text."""
+    mantissa, mark, exponent = repr(value).partition("e")
+    return mantissa + ".0" * (bool(mark) and "." not in mantissa) + mark + exponent
 
 
 def read_plan(path: str | os.PathLike[str]) -> Plan:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,16 +82,16 @@ class Placement:
                 f"{int(self.phys_to_log_LS[layer, slot])}; experts are 0 to "
                 f"{self.num_experts - 1}, or -1 for an empty slot"
             )
+        if self.num_experts > slots.shape[1]:
+            # Said before counting: a file can claim more experts than there is memory for.
+            held = set(slots[0].tolist())
+            raise _missing(ids[0], next(e for e in count() if e not in held))
         missing = replica_count(self.phys_to_log_LS, self.num_experts) == 0
         if missing.any():
             layer, expert = (int(i) for i in np.argwhere(missing)[0])
-            raise PlacementInvalid(
-                f"layer {self.layer_ids[layer]}: expert {expert} is missing; every logical expert "
-                "needs a slot, or its tokens would be lost"
-            )
+            raise _missing(self.layer_ids[layer], expert)
         if self.split_weights_LS is not None:
-            # As many digits as a plan file has, so that a plan is the same before and after.
-            weights_LS = frozen_array(np.round(self.split_weights_LS, 9), np.float64)
+            weights_LS = frozen_array(self.split_weights_LS, np.float64)
             _check_weights(weights_LS, self)
             object.__setattr__(self, "split_weights_LS", weights_LS)
 
@@ -149,6 +150,13 @@ class Placement:
                 "this plan's model"
             )
         return [row_of[i] for i in layer_ids]
+
+
+def _missing(layer_id: int, expert: int) -> PlacementInvalid:
+    return PlacementInvalid(
+        f"layer {layer_id}: expert {expert} is missing; every logical expert needs a slot, or its "
+        "tokens would be lost"
+    )
 
 
 def _check_weights(weights_LS: FloatArray, placement: Placement) -> None:

@@ -46,7 +46,7 @@ def layer_bounds(
     num_ranks: int,
     slots_per_rank: int,
     split: str,
-    reached_L: FloatArray,
+    reached_L: FloatArray | None = None,
     pairs: bool = True,
 ) -> FloatArray:
     """Return :func:`weighted_bounds` where layers weigh windows each in its own way, shape [L].
@@ -60,7 +60,7 @@ def layer_bounds(
         As there.
     weight_WL : array of float64
         Non-negative.
-    reached_L : array of float64
+    reached_L : array of float64, optional
         The weighted means that were reached, which end the search where they are met.
     """
     bound_L = np.zeros(load_WLE.shape[1])
@@ -74,7 +74,7 @@ def layer_bounds(
             num_ranks=num_ranks,
             slots_per_rank=slots_per_rank,
             split=split,
-            reached_L=reached_L[layers],
+            reached_L=None if reached_L is None else reached_L[layers],
             pairs=pairs,
         )
     return bound_L

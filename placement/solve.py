@@ -138,8 +138,7 @@ def solve(problem: Problem, solver: str = "greedy", effort: Effort | None = None
     if problem.statistic != "mean" and answer.weight_WL is not None:
         # Any weighted mean over windows, with weights that the statistic allows, is at most the
         # statistic, and the weighted mean of a layer is at least its bound.
-        reached_L = np.full(len(imbalance_L), np.inf)
-        bound = max(bound, float(bounds(answer.weight_WL, reached_L=reached_L).sum()))
+        bound = max(bound, float(bounds(answer.weight_WL).sum()))
     bound = min(bound, objective)
     gap = (objective - bound) / bound
     return Solution(
