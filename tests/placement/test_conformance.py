@@ -94,9 +94,9 @@ def test_search_and_greedy(split, statistic, hierarchical):
 
 @pytest.mark.parametrize("split", SPLIT_RULES)
 def test_exact_is_proven_and_below_the_others(split):
-    topology = Topology(num_nodes=1, ranks_per_node=3, slots_per_rank=2)
-    problem = problem_of(recording(2, 2, 5), topology, split=split)
-    exact = solve(problem, "exact", Effort(time_limit_s=300))
+    topology = Topology(num_nodes=1, ranks_per_node=2, slots_per_rank=3)
+    problem = problem_of(recording(2, 2, 4), topology, split=split)
+    exact = solve(problem, "exact", Effort(time_limit_s=20))
     check(problem, exact)
     assert exact.stop_reason == "proven"
     assert exact.notes == {"layers_proven": 2}
