@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from request_tables import REQUEST_TABLES
+from search_tables import SEARCH_TABLES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -23,6 +24,7 @@ PAGES = (
     ROOT / "docs" / "recording.md",
     ROOT / "docs" / "engines" / "vllm.md",
     ROOT / "docs" / "requests.md",
+    ROOT / "docs" / "search.md",
 )
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -134,6 +136,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "timings": timings,
     "vllm-policy": vllm_policy,
     **REQUEST_TABLES,
+    **SEARCH_TABLES,
 }
 
 

@@ -1,6 +1,9 @@
 """Every benchmark runs once, untimed, and the documents show what was measured."""
 
+import json
+
 import pytest
+import search_pictures
 import specs  # noqa: F401  (fills the registry)
 import tables
 from registry import REGISTRY
@@ -16,3 +19,9 @@ def test_runs(label):
 def test_tables_are_what_the_results_give(page):
     assert tables.render(page.read_text()) == page.read_text()
     assert "<!-- table:" in page.read_text()
+
+
+def test_pictures_are_what_the_results_give():
+    results = json.loads(search_pictures.RESULTS.read_text())["results"]
+    for name, text in search_pictures.pictures(results).items():
+        assert (search_pictures.PICTURES / name).read_text() == text
