@@ -51,7 +51,7 @@ _BATCH_DOUBLINGS = (4, 5, 6)
 _CHUNKS = 30
 
 # Rounds of new window weights for `worst` and `cvar`, and the part of the budget they take.
-_ROUNDS, _ROUNDS_PART = 6, 0.6
+_ROUNDS, _ROUNDS_PART = 20, 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,8 +244,11 @@ class _Layers:
             seconds = 0.95 * seconds / -(-len(self.layouts) // self.num_threads)
         return _Budget(sweeps=sweeps, seconds=seconds)
 
-    def improve(self, weight_WL: FloatArray, budget: _Budget) -> None:
-        """Search every layer for the lowest weighted mean of its largest rank loads."""
+    def improve(self, weight_WL: FloatArray, budget: _Budget, *, cold: bool = False) -> None:
+        """Search every layer for the lowest weighted mean of its largest rank loads.
+
+        ``cold`` stays near the layouts so far, which were fitted to weights like these.
+        """
 
         def one(row: int) -> _Layout:
             weight_W = weight_WL[:, row]
@@ -261,6 +264,10 @@ class _Layers:
                 self.problem.split,
                 self.problem.topology.ranks_per_node,
             )
+            if cold:
+                return _anneal(
+                    layer, self.layouts[row], self.problem.split, budget, fixed=False, cold=True
+                )[0]
             return _improve_layer(layer, self.layouts[row], self.problem.split, budget)
 
         with ThreadPoolExecutor(self.num_threads) as threads:
@@ -342,7 +349,13 @@ def _improve_layer(layer: Layer, start: _Layout, split: str, budget: _Budget) ->
 
 
 def _anneal(
-    layer: Layer, start: _Layout, split: str, budget: _Budget, *, fixed: bool
+    layer: Layer,
+    start: _Layout,
+    split: str,
+    budget: _Budget,
+    *,
+    fixed: bool,
+    cold: bool = False,
 ) -> tuple[_Layout, float]:
     """Spend a budget on one layer; return the best layout and its objective on what is fitted."""
     doublings = _BATCH_DOUBLINGS if split == "batch" else _DOUBLINGS
@@ -358,6 +371,8 @@ def _anneal(
             value = _run(layer, current, split, a, b, power, sweeps, best, value, fixed=fixed)
             first = max(_FIRST_TEMPERATURE * (value - 1.0), _LEAST_TEMPERATURE)
             last = first / _FALL
+            if cold:
+                first = last
             return
         begin, end = ((x - _QUENCH_PART) / (1 - _QUENCH_PART) for x in (begin, end))
         a, b = (first * (last / first) ** min(x, 1.0) for x in (begin, end))
@@ -436,7 +451,9 @@ def _couple(layers: _Layers, weight_WL: FloatArray, statistic: str, budget: _Bud
         window_W = 0.5 * window_W + 0.5 * toward_W / toward_W.sum()
         if statistic == "cvar":
             window_W = _capped(window_W, 1.0 / max(CVAR_TAIL * len(window_W), 1.0))
-        layers.improve(window_W[:, np.newaxis] * layer_part_WL, budget.part(_ROUNDS_PART / _ROUNDS))
+        layers.improve(
+            window_W[:, np.newaxis] * layer_part_WL, budget.part(_ROUNDS_PART / _ROUNDS), cold=True
+        )
     layers.layouts = best
     return best_weight_WL
 
