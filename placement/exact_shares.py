@@ -19,7 +19,7 @@ from eplb.arrays import FloatArray, IntArray
 from eplb.placement.exact_model import LayerModel
 from eplb.topology import Topology
 
-__all__ = ["num_variables", "place_by_shares"]
+__all__ = ["expert_classes", "num_variables", "place_by_shares"]
 
 
 def place_by_shares(
@@ -54,7 +54,7 @@ def place_by_shares(
     mean_W = load_WE.sum(axis=1) / num_ranks
     for expert in range(load_WE.shape[1]):
         shares = {}
-        for h, m, a in _classes(topology, load_WE.shape[1]):
+        for h, m, a in expert_classes(topology, load_WE.shape[1]):
             share = (per_node / h + (num_ranks - per_node * m) / a) / num_ranks
             # A rank with such a replica has at least its load, and some rank at least the mean.
             if weight_W @ np.maximum(load_WE[:, expert] * share, mean_W) <= start * (1 + 1e-9):
@@ -69,10 +69,10 @@ def place_by_shares(
 
 def num_variables(topology: Topology, num_experts: int) -> int:
     """Return how many variables put experts on ranks, before any is ruled out."""
-    return sum(1 for _ in _classes(topology, num_experts)) * num_experts * topology.num_ranks
+    return sum(1 for _ in expert_classes(topology, num_experts)) * num_experts * topology.num_ranks
 
 
-def _classes(topology: Topology, num_experts: int) -> Iterator[tuple[int, int, int]]:
+def expert_classes(topology: Topology, num_experts: int) -> Iterator[tuple[int, int, int]]:
     """Yield all (replicas on the node, nodes with replicas, replicas)."""
     num_nodes, per_node = topology.num_nodes, topology.ranks_per_node
     # Every other expert needs a slot.
