@@ -1,8 +1,8 @@
 """One layer solved to a proven optimum, as far as the time goes.
 
-``even`` and ``nearest`` are integer programmes over replica counts and ranks
-(:mod:`eplb.placement.exact_shares`, CP-SAT), or pairs (:mod:`eplb.placement.pairs`); ``weighted``
-and ``batch`` have linear programmes inside (:mod:`eplb.placement.exact_splits`). All of them
+``even`` and ``nearest`` are branch and bound over ranks (:mod:`eplb.placement.rank_search`) where
+slots are few, pairs (:mod:`eplb.placement.pairs`), or integer programmes over replica counts and
+ranks (:mod:`eplb.placement.exact_shares`, CP-SAT); ``weighted`` and ``batch`` have linear programmes inside (:mod:`eplb.placement.exact_splits`). All of them
 report a bound that holds for the real-valued problem.
 Shape letters: W windows, E logical experts, S slots, R ranks, K slots of a rank.
 """
@@ -23,6 +23,7 @@ from eplb.placement.exact_splits import place_by_cuts, place_by_fractions
 from eplb.placement.fractions import best_fractions, fraction_objective
 from eplb.placement.greedy import place_greedy
 from eplb.placement.pairs import solve_pairs
+from eplb.placement.rank_search import place_by_ranks
 from eplb.slots import EMPTY
 from eplb.split import slot_share
 from eplb.topology import Topology
@@ -42,6 +43,9 @@ _LARGEST_MODEL = 500_000
 # relaxation is weaker.
 _CUT_RANKS = 8
 _CUT_WINDOWS = 16
+# Slots up to which branch and bound over ranks is tried, and the part of the time it gets: what it
+# has not proven by then, CP-SAT may still find a better placement for.
+_RANK_SLOTS, _RANK_PART = 40, 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -189,6 +193,15 @@ def _search(
             return rows, low, stop_reason
     # Under other rules than nearest the nodes do not count: all ranks are one node.
     flat = topology if split == "nearest" else _one_node(topology)
+    if split in ("even", "nearest") and topology.num_slots <= _RANK_SLOTS:
+        limit_s = None if end_s is None else _RANK_PART * (left_s() or 0.0)
+        found, low = place_by_ranks(load_WE, weight_W, flat, start, low, limit_s)
+        if found:
+            rows.append(found[-1])
+            start_S = found[-1]
+            start = _objective(load_WE, weight_W, start_S, topology, split)
+        if low >= start * (1 - PROOF_GAP):
+            return rows, low, stop_reason
     by_cuts = split == "batch" and num_windows >= _CUT_WINDOWS and topology.num_ranks <= _CUT_RANKS
     if split in ("even", "nearest"):
         size = num_variables(flat, num_experts)
