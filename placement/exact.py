@@ -46,6 +46,8 @@ _CUT_WINDOWS = 16
 # Slots up to which branch and bound over ranks is tried, and the part of the time it gets: what it
 # has not proven by then, CP-SAT may still find a better placement for.
 _RANK_SLOTS, _RANK_PART = 40, 0.8
+# Experts up to which the bound of components is looked for (3^E / 2 steps, some 20 times).
+_COMPONENT_EXPERTS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,6 +139,13 @@ def solve_layer(
     )
     stop_reason = "finished"
     if low < best * (1 - PROOF_GAP):
+        if split in ("weighted", "batch") and num_experts <= _COMPONENT_EXPERTS:
+            # Numba takes a second to import.
+            from eplb.placement.component_bound import component_bound  # noqa: PLC0415
+
+            low = component_bound(
+                weight_W @ load_WE, topology.num_ranks, topology.slots_per_rank, low, best
+            )
         rows, bound, stop_reason = _search(
             load_WE, weight_W, topology, split, best_S, best, low, end_s, seed, workers
         )
@@ -218,7 +227,7 @@ def _search(
         )
     else:
         found, bound = place_by_fractions(
-            load_WE, weight_W, flat, left_s(), per_window=split == "batch"
+            load_WE, weight_W, flat, low, left_s(), per_window=split == "batch"
         )
     return rows + found, max(low, bound), stop_reason
 

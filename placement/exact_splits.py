@@ -78,6 +78,7 @@ def place_by_fractions(
     load_WE: FloatArray,
     weight_W: FloatArray,
     topology: Topology,
+    low: float,
     time_limit_s: float | None,
     *,
     per_window: bool,
@@ -88,6 +89,8 @@ def place_by_fractions(
     ----------
     load_WE, weight_W : arrays of float64
     topology : Topology
+    low : float
+        A bound known before: with one window the search ends where it is met.
     time_limit_s : float, optional
     per_window : bool
         Fractions of each window's own (``batch``), or the same in all (``weighted``).
@@ -153,6 +156,8 @@ def place_by_fractions(
         )  # fmt: skip
     lower = np.zeros(num_variables)
     lower[largest_W] = load_WE.sum(axis=1) / num_ranks
+    if num_windows == 1:
+        lower[largest_W] = np.maximum(lower[largest_W], low / weight_W)
     upper = np.ones(num_variables)
     upper[largest_W] = np.inf
     cost = np.zeros(num_variables)

@@ -53,7 +53,9 @@ def test_cut_programme_and_split_programme_agree():
         cut_rows, cut_bound = place_by_cuts(
             load_WE, weight_W, topology, row, start, 0.0, None, seed=0, workers=1
         )
-        mip_rows, mip_bound = place_by_fractions(load_WE, weight_W, topology, None, per_window=True)
+        mip_rows, mip_bound = place_by_fractions(
+            load_WE, weight_W, topology, 0.0, None, per_window=True
+        )
         cut = score(load_WE, weight_W, cut_rows[0], topology, "batch")
         mip = score(load_WE, weight_W, mip_rows[0], topology, "batch")
         assert cut == pytest.approx(mip, rel=2e-6), seed
