@@ -132,6 +132,7 @@ def main() -> None:
     blocks, number = (2, 3) if arguments.tiny else (4, 15)
     model = build(device, tiny=arguments.tiny)
     results: dict[str, Any] = {}
+    device_bytes = None
     with torch.no_grad(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small = torch.randint(3, 256, (decode, 1), device=device)
@@ -156,7 +157,7 @@ def main() -> None:
             without = captured(model, small)
             with recording(model, folder) as recorder:
                 inside = captured(model, small)
-                results["device_bytes"] = recorder.device_bytes
+                device_bytes = recorder.device_bytes
 
                 def replay() -> None:
                     inside()
@@ -171,7 +172,7 @@ def main() -> None:
         hardware = torch.cuda.get_device_name() if device == "cuda" else "CPU"
         versions = {"torch": torch.__version__, "transformers": transformers.__version__,
                     "device": hardware, "decode_tokens": decode,
-                    "prefill_tokens": prefill}  # fmt: skip
+                    "prefill_tokens": prefill, "device_bytes": device_bytes}  # fmt: skip
         report = {
             "environment": {**environment("random weights and tokens"), **versions},
             "results": results,
