@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PAGES = (
     ROOT / "README.md",
+    ROOT / "docs" / "exact.md",
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "recording.md",
     ROOT / "docs" / "engines" / "vllm.md",
@@ -129,7 +130,31 @@ def recorder_cost() -> str:
     return _markdown(head, body) + measured_on
 
 
+def exact() -> str:
+    """Return how many small layers are proven, and in what time."""
+    report = json.loads((RESULTS / "exact.json").read_text())
+    body = [
+        [
+            row["split"],
+            str(row["windows"]),
+            str(row["experts"]),
+            row["deployment"],
+            f"{row['proven']} of {row['layers']}",
+            f"{100 * max(row['gap_worst'], 0.0):.3f}%",
+            f"{row['s_median']:.1f}",
+        ]
+        for row in report["small"]
+    ]
+    head = ["split", "windows", "experts", "", "proven", "worst gap", "s, median"]
+    return (
+        _markdown(head, body)
+        + f"\nAt most {report['time_limit_s']:g} s a layer, started from `greedy`, two nodes; "
+        + f"{report['environment']['processor']}, {report['environment']['date'][:10]}.\n"
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "exact": exact,
     "greedy": greedy,
     "greedy-short": greedy_short,
     "recorder-cost": recorder_cost,

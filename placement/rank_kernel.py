@@ -20,7 +20,7 @@ _NEVER = 1 << 30
 
 
 @njit(cache=True, nogil=True)
-def fill_ranks(
+def fill_ranks(  # noqa: PLR0912, PLR0915 (one loop, with no call to spare in it)
     load_ECW: FloatArray,
     class_C3: IntArray,
     allowed_EC: IntArray,
