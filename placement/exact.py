@@ -2,8 +2,9 @@
 
 ``even`` and ``nearest`` are branch and bound over ranks (:mod:`eplb.placement.rank_search`) where
 slots are few, pairs (:mod:`eplb.placement.pairs`), or integer programmes over replica counts and
-ranks (:mod:`eplb.placement.exact_shares`, CP-SAT); ``weighted`` and ``batch`` have linear programmes inside (:mod:`eplb.placement.exact_splits`). All of them
-report a bound that holds for the real-valued problem.
+ranks (:mod:`eplb.placement.exact_shares`, CP-SAT); ``weighted`` and ``batch`` have linear
+programmes inside (:mod:`eplb.placement.exact_splits`). All of them report a bound that holds for
+the real-valued problem.
 Shape letters: W windows, E logical experts, S slots, R ranks, K slots of a rank.
 """
 
