@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -172,10 +173,10 @@ def scenarios(recording: str, names: list[str], peers: Peers) -> list[Row]:
             )  # fmt: skip
             print(f"scenarios {rows[-1]}", flush=True)
 
-        slots, spent = timed(lambda topology=topology: peers.deepseek(fitted, topology))
+        slots, spent = timed(partial(peers.deepseek, fitted, topology))
         add("DeepSeek", placement_of(slots, fitted), spent)
         if peers.tree is not None:
-            slots, spent = timed(lambda topology=topology: peers.flashlb(fitted, topology))
+            slots, spent = timed(partial(peers.flashlb, fitted, topology))
             add("FlashLB", placement_of(slots, fitted), spent)
         for limit_s in (1.0, 10.0):
             solution = solve(problem_of(fitted, unit), "search", Effort(time_limit_s=limit_s))

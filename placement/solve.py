@@ -35,6 +35,8 @@ OPTIMAL_GAP = 1e-9
 START_BLENDS = (0.0, 0.5, 1.0)
 # Time of `exact` without a limit, and the part of it that goes into the placement to start from.
 EXACT_LIMIT_S, EXACT_SEARCH_PART = 60.0, 0.1
+# Counts that the search of pairs looks at for each layer, and about the time of one.
+PAIR_EVALUATIONS, PAIR_EVALUATION_S = 16_000, 6e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +205,36 @@ def _greedy(problem: Problem, effort: Effort) -> Answer:
     return Answer(placement=placement)
 
 
+def _is_pairs(problem: Problem) -> bool:
+    """Tell whether every rank holds two slots of one window, which :mod:`.pairs` is made for."""
+    return (
+        problem.topology.slots_per_rank == 2
+        and problem.split == "even"
+        and problem.profile.num_windows == 1
+        and not problem.groups_in_nodes
+    )
+
+
+def _pair_slots(problem: Problem, effort: Effort) -> IntArray:
+    """Search the replica counts of each layer's pairs."""
+    from eplb.placement.pairs import search_pairs  # noqa: PLC0415
+
+    num_ranks = problem.topology.num_ranks
+    load_LE = scaled_windows(problem.profile, num_ranks)[0]
+    num_threads = len(os.sched_getaffinity(0))
+    evaluations = PAIR_EVALUATIONS
+    if effort.time_limit_s is not None:
+        # Half of the time that a search without the limit would take at most.
+        spent_s = PAIR_EVALUATION_S * -(-len(load_LE) // num_threads)
+        evaluations = min(evaluations, max(int(0.5 * effort.time_limit_s / spent_s), 1))
+
+    def one(load_E: FloatArray) -> IntArray:
+        return search_pairs(load_E, num_ranks, evaluations=evaluations, seed=effort.seed)
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        return np.stack(list(threads.map(one, load_LE)))
+
+
 def _with_fractions(problem: Problem, placement: Placement) -> Placement:
     """Return a placement with the fractions that are best for its mean load."""
     load_LE = problem.profile.mean_load_LE()
@@ -231,6 +263,8 @@ def _search(problem: Problem, effort: Effort) -> Answer:
         starts = [_placement(problem, _greedy_slots(problem, blend)) for blend in blends]
         if problem.split == "weighted":
             starts.append(_with_fractions(problem, starts[0]))
+        if _is_pairs(problem):
+            starts.append(_placement(problem, _pair_slots(problem, effort)))
     found = search(
         problem,
         starts,
