@@ -101,7 +101,7 @@ class Peers:
 
 def _flashlb(path: Path) -> ModuleType:
     """Import FlashLB's file with stand-ins for what it imports of vLLM."""
-    for name, values in {
+    stubs: dict[str, dict[str, Any]] = {
         "vllm": {},
         "vllm.logger": {"logger": logging.getLogger("flashlb")},
         "vllm_ascend": {},
@@ -109,7 +109,8 @@ def _flashlb(path: Path) -> ModuleType:
         "vllm_ascend.distributed.parallel_state": {"get_dynamic_eplb_group": lambda: None},
         "flashlb": {"__path__": []},
         "flashlb.policy_abstract": {"EplbPolicy": object},
-    }.items():
+    }
+    for name, values in stubs.items():
         module = ModuleType(name)
         module.__dict__.update(values)
         sys.modules[name] = module
