@@ -20,6 +20,7 @@ __all__ = ["cli", "main"]
 # Imported when called, so that `eplb --help` and each command load only what they need.
 COMMANDS = {
     "demo": "eplb.cli.demo",
+    "diff": "eplb.cli.diff",
     "evaluate": "eplb.cli.evaluate",
     "export": "eplb.cli.export_plan",
     "import": "eplb.cli.import_plan",
