@@ -26,6 +26,8 @@ COMMANDS = {
     "import": "eplb.cli.import_plan",
     "plan": "eplb.cli.plan",
     "profile": "eplb.cli.profile",
+    "replan": "eplb.cli.replan",
+    "replay": "eplb.cli.replay",
     "requests": "eplb.cli.requests",
     "versions": "eplb.cli.versions",
 }
