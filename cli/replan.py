@@ -95,9 +95,7 @@ def command(
     }
     if output is not None:
         provenance = {"solver": "replan", "profile_sha256": profile.sha256()}
-        write_plan(
-            replace(plan, placement=placement, quality=None, provenance=provenance), output
-        )
+        write_plan(replace(plan, placement=placement, quality=None, provenance=provenance), output)
     if json_:
         click.echo(json.dumps(report))
         return

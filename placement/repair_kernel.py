@@ -25,7 +25,7 @@ __all__ = ["repair_layer"]
 
 
 @njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def repair_layer(
+def repair_layer(  # noqa: PLR0912, PLR0915  (calls cost numba seconds each)
     load_EW: NDArray[np.float64],
     weight_W: NDArray[np.float64],
     slots_RK: NDArray[np.int64],
