@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 __all__ = ["repair_layer"]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def repair_layer(  # noqa: PLR0912, PLR0915  (calls cost numba seconds each)
     load_EW: NDArray[np.float64],
     weight_W: NDArray[np.float64],
