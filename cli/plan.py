@@ -35,7 +35,7 @@ from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["command", "make_plan", "show_plan", "show_unseen", "topology_of"]
+__all__ = ["command", "make_plan", "model_of", "show_plan", "show_unseen", "topology_of"]
 
 
 @click.command("plan")
@@ -152,7 +152,7 @@ def command(
         start = None if options["previous"] is None else read_plan(options["previous"]).placement
     problem = Problem(
         profile=profile,
-        model=_model_of(profile, options),
+        model=model_of(profile, options),
         topology=topology,
         split=options["split"],
         statistic=options["objective"],
@@ -238,7 +238,7 @@ def topology_of(options: dict[str, Any]) -> Topology:
     return Topology(ranks_per_node=options["ranks_per_node"], **counts)
 
 
-def _model_of(profile: LoadProfile, options: dict[str, Any]) -> MoEModel:
+def model_of(profile: LoadProfile, options: dict[str, Any]) -> MoEModel:
     """Return the model named by an option or the profile, else one that is known by its shape."""
     name, groups = options["model"], options["groups"]
     recorded = profile.metadata.get("model")

@@ -78,7 +78,7 @@ def command(
         --slots-per-rank 9
     """
     from eplb.cli import show
-    from eplb.cli.plan import _model_of, topology_of
+    from eplb.cli.plan import model_of, topology_of
     from eplb.placement.solve import Effort
     from eplb.plan import Plan
     from eplb.plan_file import write_plan
@@ -86,7 +86,7 @@ def command(
 
     topology = topology_of(options)
     profile = read_windows((profile_path,), windows, phase)
-    model = _model_of(profile, {**options, "groups": None, "hierarchical": False})
+    model = model_of(profile, {**options, "groups": None, "hierarchical": False})
     problem = Problem(profile=profile, model=model, topology=topology, split=options["split"])
     with show.progress(f"replaying {profile.num_windows} steps"):
         result = replay(
