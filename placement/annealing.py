@@ -180,19 +180,25 @@ def _cost_two(load_W, a_W, a, b_W, b, slope_W, doublings):  # type: ignore[no-un
 
 
 @_inner()
+def _index_slots(slot_RK, count_E, holder_ER, place_ER):  # type: ignore[no-untyped-def]
+    """Fill in how many replicas each expert has, on which ranks, and in which slots of them."""
+    _fill(count_E, 0)
+    for e in range(len(count_E)):
+        _fill(place_ER[e], -1)
+    for r in range(slot_RK.shape[0]):
+        for k in range(slot_RK.shape[1]):
+            e = slot_RK[r, k]
+            if e >= 0:
+                holder_ER[e, count_E[e]] = r
+                count_E[e] += 1
+                place_ER[e, r] = k
+
+
+@_inner()
 def _derive(layer, state):  # type: ignore[no-untyped-def]
     """Fill in counts, holders and places, and shares where the rule gives them."""
-    num_ranks, slots_per_rank = layer.slot_RK.shape
-    _fill(state.count_E, 0)
-    for e in range(len(state.count_E)):
-        _fill(state.place_ER[e], -1)
-    for r in range(num_ranks):
-        for k in range(slots_per_rank):
-            e = layer.slot_RK[r, k]
-            if e >= 0:
-                state.holder_ER[e, state.count_E[e]] = r
-                state.count_E[e] += 1
-                state.place_ER[e, r] = k
+    num_ranks = len(layer.slot_RK)
+    _index_slots(layer.slot_RK, state.count_E, state.holder_ER, state.place_ER)
     if layer.rule != WEIGHTED:
         share = np.empty(num_ranks)
         for e in range(len(state.count_E)):

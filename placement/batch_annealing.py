@@ -31,6 +31,7 @@ from eplb.placement.annealing import (
     _copy_rows,
     _cost,
     _fill,
+    _index_slots,
     _inner,
     _random,
 )
@@ -69,18 +70,10 @@ class _Saved(NamedTuple):
 @_inner()
 def _derive(layer, state):  # type: ignore[no-untyped-def]
     """Fill in the state, with even splits."""
-    num_ranks, slots_per_rank = layer.slot_RK.shape
-    _fill(state.count_E, 0)
+    num_ranks = len(layer.slot_RK)
+    _index_slots(layer.slot_RK, state.count_E, state.holder_ER, state.place_ER)
     for e in range(len(state.count_E)):
-        _fill(state.place_ER[e], -1)
         _fill(state.part_ER[e], -1)
-    for r in range(num_ranks):
-        for k in range(slots_per_rank):
-            e = layer.slot_RK[r, k]
-            if e >= 0:
-                state.holder_ER[e, state.count_E[e]] = r
-                state.count_E[e] += 1
-                state.place_ER[e, r] = k
     num_parts = len(state.free_X)
     for x in range(num_parts):
         state.free_X[x] = num_parts - 1 - x
