@@ -22,18 +22,19 @@ from numba import njit
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
-from eplb.placement.annealing import (
-    _accepts,
-    _add,
-    _below,
-    _can_swap,
-    _copy,
-    _copy_rows,
-    _cost,
-    _fill,
-    _index_slots,
-    _inner,
-    _random,
+from eplb.placement.anneal_kernel import (
+    accepts,
+    add_scaled,
+    can_swap,
+    copy_row,
+    copy_rows,
+    fill,
+    index_slots,
+    inner,
+    random_below,
+    random_unit,
+    rank_cost,
+    set_slopes,
 )
 
 __all__ = ["anneal_batch"]
@@ -67,19 +68,19 @@ class _Saved(NamedTuple):
     free_X: NDArray[np.int64]
 
 
-@_inner()
+@inner()
 def _derive(layer, state):  # type: ignore[no-untyped-def]
     """Fill in the state, with even splits."""
     num_ranks = len(layer.slot_RK)
-    _index_slots(layer.slot_RK, state.count_E, state.holder_ER, state.place_ER)
+    index_slots(layer.slot_RK, state.count_E, state.holder_ER, state.place_ER)
     for e in range(len(state.count_E)):
-        _fill(state.part_ER[e], -1)
+        fill(state.part_ER[e], -1)
     num_parts = len(state.free_X)
     for x in range(num_parts):
         state.free_X[x] = num_parts - 1 - x
     state.num_free[0] = num_parts
     for r in range(num_ranks):
-        _fill(state.load_RW[0, r], 0.0)
+        fill(state.load_RW[0, r], 0.0)
     for e in range(len(state.count_E)):
         n = state.count_E[e]
         for i in range(n):
@@ -87,24 +88,24 @@ def _derive(layer, state):  # type: ignore[no-untyped-def]
             if n > 1:
                 x = _take(state)
                 state.part_ER[e, r] = x
-                _fill(state.part_XW[0, x], 0.0)
-                _add(state.part_XW[0, x], 1.0 / n, layer.load_EW[e])
-            _add(state.load_RW[0, r], 1.0 / n, layer.load_EW[e])
+                fill(state.part_XW[0, x], 0.0)
+                add_scaled(state.part_XW[0, x], 1.0 / n, layer.load_EW[e])
+            add_scaled(state.load_RW[0, r], 1.0 / n, layer.load_EW[e])
 
 
-@_inner()
+@inner()
 def _take(state):  # type: ignore[no-untyped-def]
     state.num_free[0] -= 1
     return state.free_X[state.num_free[0]]
 
 
-@_inner()
+@inner()
 def _give(state, x):  # type: ignore[no-untyped-def]
     state.free_X[state.num_free[0]] = x
     state.num_free[0] += 1
 
 
-@_inner(fastmath=True)
+@inner(fastmath=True)
 def _flow(load_a_W, load_b_W, part_a_W, part_b_W, step):  # type: ignore[no-untyped-def]
     """Let load flow between two replicas' ranks."""
     for w in range(len(load_a_W)):
@@ -116,7 +117,7 @@ def _flow(load_a_W, load_b_W, part_a_W, part_b_W, step):  # type: ignore[no-unty
         part_b_W[w] += flow
 
 
-@_inner()
+@inner()
 def _relax_expert(state, buffer, e, step):  # type: ignore[no-untyped-def]
     n = state.count_E[e]
     load_RW, part_XW = state.load_RW[buffer], state.part_XW[buffer]
@@ -126,7 +127,7 @@ def _relax_expert(state, buffer, e, step):  # type: ignore[no-untyped-def]
         _flow(load_RW[a], load_RW[b], part_XW[x], part_XW[y], step)
 
 
-@_inner()
+@inner()
 def _relax(state, buffer, num_sweeps, overshoot):  # type: ignore[no-untyped-def]
     for sweep in range(num_sweeps):
         step = 0.5 if sweep == num_sweeps - 1 else 0.5 * overshoot
@@ -135,7 +136,7 @@ def _relax(state, buffer, num_sweeps, overshoot):  # type: ignore[no-untyped-def
                 _relax_expert(state, buffer, e, step)
 
 
-@_inner()
+@inner()
 def _value(layer, load_RW):  # type: ignore[no-untyped-def]
     total = 0.0
     for w in range(len(layer.weight_W)):
@@ -146,30 +147,16 @@ def _value(layer, load_RW):  # type: ignore[no-untyped-def]
     return total
 
 
-@_inner(fastmath=True)
-def _set_slopes(layer, state, doublings):  # type: ignore[no-untyped-def]
-    power = 2.0**doublings
-    load_RW = state.load_RW[0]
-    for w in range(load_RW.shape[1]):
-        total = 0.0
-        for r in range(load_RW.shape[0]):
-            v = load_RW[r, w]
-            for _ in range(doublings):
-                v *= v
-            total += v
-        state.slope_W[w] = layer.weight_W[w] / power * total ** (1.0 / power - 1.0)
-
-
-@_inner()
+@inner()
 def _move_replica(layer, state, e, r, s):  # type: ignore[no-untyped-def]
     """Take a replica with its part from rank r to rank s, in the proposed loads."""
     x = state.part_ER[e, r]
     if x >= 0:
-        _add(state.load_RW[1, r], -1.0, state.part_XW[1, x])
-        _add(state.load_RW[1, s], 1.0, state.part_XW[1, x])
+        add_scaled(state.load_RW[1, r], -1.0, state.part_XW[1, x])
+        add_scaled(state.load_RW[1, s], 1.0, state.part_XW[1, x])
     else:
-        _add(state.load_RW[1, r], -1.0, layer.load_EW[e])
-        _add(state.load_RW[1, s], 1.0, layer.load_EW[e])
+        add_scaled(state.load_RW[1, r], -1.0, layer.load_EW[e])
+        add_scaled(state.load_RW[1, s], 1.0, layer.load_EW[e])
     state.part_ER[e, s] = x
     state.part_ER[e, r] = -1
     for i in range(state.count_E[e]):
@@ -177,7 +164,7 @@ def _move_replica(layer, state, e, r, s):  # type: ignore[no-untyped-def]
             state.holder_ER[e, i] = s
 
 
-@_inner()
+@inner()
 def _swap(layer, state, r, k, s, j):  # type: ignore[no-untyped-def]
     e, f = layer.slot_RK[r, k], layer.slot_RK[s, j]
     layer.slot_RK[r, k], layer.slot_RK[s, j] = f, e
@@ -189,7 +176,7 @@ def _swap(layer, state, r, k, s, j):  # type: ignore[no-untyped-def]
         state.place_ER[f, s], state.place_ER[f, r] = -1, k
 
 
-@_inner()
+@inner()
 def _drop(layer, state, e, r):  # type: ignore[no-untyped-def]
     """Take the replica on rank r away; the others receive its part, in equal pieces."""
     x = state.part_ER[e, r]
@@ -201,36 +188,36 @@ def _drop(layer, state, e, r):  # type: ignore[no-untyped-def]
             state.holder_ER[e, at] = q
             at += 1
             y = state.part_ER[e, q]
-            _add(state.load_RW[1, q], 1.0 / n, state.part_XW[1, x])
-            _add(state.part_XW[1, y], 1.0 / n, state.part_XW[1, x])
+            add_scaled(state.load_RW[1, q], 1.0 / n, state.part_XW[1, x])
+            add_scaled(state.part_XW[1, y], 1.0 / n, state.part_XW[1, x])
             if n == 1:
                 state.part_ER[e, q] = -1
                 _give(state, y)
-    _add(state.load_RW[1, r], -1.0, state.part_XW[1, x])
+    add_scaled(state.load_RW[1, r], -1.0, state.part_XW[1, x])
     state.part_ER[e, r] = -1
     state.place_ER[e, r] = -1
     state.count_E[e] = n
     _give(state, x)
 
 
-@_inner()
+@inner()
 def _place(layer, state, f, r, k):  # type: ignore[no-untyped-def]
     """Put a replica that receives nothing yet into slot k of rank r."""
     n = state.count_E[f]
     if n == 1:
         y = _take(state)
         state.part_ER[f, state.holder_ER[f, 0]] = y
-        _copy(state.part_XW[1, y], layer.load_EW[f])
+        copy_row(state.part_XW[1, y], layer.load_EW[f])
     x = _take(state)
     state.part_ER[f, r] = x
-    _fill(state.part_XW[1, x], 0.0)
+    fill(state.part_XW[1, x], 0.0)
     state.holder_ER[f, n] = r
     state.place_ER[f, r] = k
     state.count_E[f] = n + 1
     layer.slot_RK[r, k] = f
 
 
-@_inner()
+@inner()
 def _exchange(layer, state, e, f):  # type: ignore[no-untyped-def]
     """Let two experts take each other's slots, and divide as the other did."""
     for g, h in ((e, f), (f, e)):
@@ -239,8 +226,8 @@ def _exchange(layer, state, e, f):  # type: ignore[no-untyped-def]
             x = state.part_ER[g, r]
             layer.slot_RK[r, state.place_ER[g, r]] = h
             if x < 0:
-                _add(state.load_RW[1, r], 1.0, layer.load_EW[h])
-                _add(state.load_RW[1, r], -1.0, layer.load_EW[g])
+                add_scaled(state.load_RW[1, r], 1.0, layer.load_EW[h])
+                add_scaled(state.load_RW[1, r], -1.0, layer.load_EW[g])
             else:
                 for w in range(layer.load_EW.shape[1]):
                     old = state.part_XW[1, x, w]
@@ -254,17 +241,17 @@ def _exchange(layer, state, e, f):  # type: ignore[no-untyped-def]
     state.count_E[e], state.count_E[f] = state.count_E[f], state.count_E[e]
 
 
-@_inner()
+@inner()
 def _choose(layer, state, cost_R, fixed):  # type: ignore[no-untyped-def]
     """Return what kind of proposal is made, of which slots, and the experts it concerns."""
     num_ranks, slots_per_rank = layer.slot_RK.shape
     random, slot_RK = layer.random, layer.slot_RK
-    r, k = _below(random, num_ranks), _below(random, slots_per_rank)
-    s, j = _below(random, num_ranks), _below(random, slots_per_rank)
+    r, k = random_below(random, num_ranks), random_below(random, slots_per_rank)
+    s, j = random_below(random, num_ranks), random_below(random, slots_per_rank)
     if cost_R[s] > cost_R[r]:
         r, s = s, r
     e, f = slot_RK[r, k], slot_RK[s, j]
-    kind = _random(random)
+    kind = random_unit(random)
     if kind < _EXCHANGE:
         if min(e, f) < 0 or e == f or (state.count_E[e] == 1 and state.count_E[f] == 1):
             return _NOTHING, r, k, s, j, e, f
@@ -274,9 +261,9 @@ def _choose(layer, state, cost_R, fixed):  # type: ignore[no-untyped-def]
     if kind < _EXCHANGE + _REPLACE and not fixed:
         f = e
         if f < 0 or kind < _EXCHANGE + 0.5 * _REPLACE:
-            f = _below(random, len(layer.load_EW))
+            f = random_below(random, len(layer.load_EW))
         for _ in range(4):
-            r, k = _below(random, num_ranks), _below(random, slots_per_rank)
+            r, k = random_below(random, num_ranks), random_below(random, slots_per_rank)
             e = slot_RK[r, k]
             if e < 0 or state.count_E[e] > 1:
                 break
@@ -287,25 +274,25 @@ def _choose(layer, state, cost_R, fixed):  # type: ignore[no-untyped-def]
     allowed = r != s and e != f
     if fixed and ((e >= 0 and state.count_E[e] > 1) or (f >= 0 and state.count_E[f] > 1)):
         allowed = False
-    if not _can_swap(state.place_ER, layer.node_E, layer.ranks_per_node, r, s, e, f):
+    if not can_swap(state.place_ER, layer.node_E, layer.ranks_per_node, r, s, e, f):
         allowed = False
     return (SWAP if allowed else _NOTHING), r, k, s, j, e, f
 
 
-@_inner()
+@inner()
 def _remember(state, saved, e, f):  # type: ignore[no-untyped-def]
     """Keep what a proposal about two experts may change, besides loads, parts and slots."""
     for which, g in ((0, e), (1, f)):
         if g >= 0:
-            _copy(saved.row_ER[which, 0], state.holder_ER[g])
-            _copy(saved.row_ER[which, 1], state.place_ER[g])
-            _copy(saved.row_ER[which, 2], state.part_ER[g])
+            copy_row(saved.row_ER[which, 0], state.holder_ER[g])
+            copy_row(saved.row_ER[which, 1], state.place_ER[g])
+            copy_row(saved.row_ER[which, 2], state.part_ER[g])
             saved.number[which] = state.count_E[g]
     saved.number[2] = state.num_free[0]
-    _copy(saved.free_X, state.free_X)
+    copy_row(saved.free_X, state.free_X)
 
 
-@_inner()
+@inner()
 def _undo(layer, state, saved, kind, r, k, s, j, e, f):  # type: ignore[no-untyped-def]
     if kind == REPLACE:
         layer.slot_RK[r, k] = e
@@ -313,23 +300,23 @@ def _undo(layer, state, saved, kind, r, k, s, j, e, f):  # type: ignore[no-untyp
         layer.slot_RK[r, k], layer.slot_RK[s, j] = e, f
     for which, g in ((0, e), (1, f)):
         if g >= 0:
-            _copy(state.holder_ER[g], saved.row_ER[which, 0])
-            _copy(state.place_ER[g], saved.row_ER[which, 1])
-            _copy(state.part_ER[g], saved.row_ER[which, 2])
+            copy_row(state.holder_ER[g], saved.row_ER[which, 0])
+            copy_row(state.place_ER[g], saved.row_ER[which, 1])
+            copy_row(state.part_ER[g], saved.row_ER[which, 2])
             state.count_E[g] = saved.number[which]
             if kind == EXCHANGE:
                 for i in range(state.count_E[g]):
                     q = state.holder_ER[g, i]
                     layer.slot_RK[q, state.place_ER[g, q]] = g
     state.num_free[0] = saved.number[2]
-    _copy(state.free_X, saved.free_X)
+    copy_row(state.free_X, saved.free_X)
 
 
-@_inner()
+@inner()
 def _propose(layer, state, kind, r, k, s, j, e, f):  # type: ignore[no-untyped-def]
     """Change the slots, and the proposed loads from the current ones, and relax these."""
-    _copy_rows(state.load_RW[1], state.load_RW[0])
-    _copy_rows(state.part_XW[1], state.part_XW[0])
+    copy_rows(state.load_RW[1], state.load_RW[0])
+    copy_rows(state.part_XW[1], state.part_XW[0])
     if kind == EXCHANGE:
         _exchange(layer, state, e, f)
     elif kind == REPLACE:
@@ -344,14 +331,14 @@ def _propose(layer, state, kind, r, k, s, j, e, f):  # type: ignore[no-untyped-d
     _relax(state, 1, _RELAX_SWEEPS, _OVERSHOOT)
 
 
-@_inner()
+@inner()
 def _sweep(layer, state, saved, temperature, doublings, fixed):  # type: ignore[no-untyped-def]
     """Make as many proposals as there are slots."""
     num_ranks, slots_per_rank = layer.slot_RK.shape
     cost_R = np.zeros(num_ranks)
     cost = 0.0
     for r in range(num_ranks):
-        cost_R[r] = _cost(state.load_RW[0, r], state.slope_W, doublings)
+        cost_R[r] = rank_cost(state.load_RW[0, r], state.slope_W, doublings)
         cost += cost_R[r]
     for _ in range(num_ranks * slots_per_rank):
         kind, r, k, s, j, e, f = _choose(layer, state, cost_R, fixed)
@@ -361,10 +348,10 @@ def _sweep(layer, state, saved, temperature, doublings, fixed):  # type: ignore[
         _propose(layer, state, kind, r, k, s, j, e, f)
         new_cost = 0.0
         for q in range(num_ranks):
-            new_cost += _cost(state.load_RW[1, q], state.slope_W, doublings)
-        if _accepts(layer.random, new_cost - cost, temperature):
-            _copy_rows(state.load_RW[0], state.load_RW[1])
-            _copy_rows(state.part_XW[0], state.part_XW[1])
+            new_cost += rank_cost(state.load_RW[1, q], state.slope_W, doublings)
+        if accepts(layer.random, new_cost - cost, temperature):
+            copy_rows(state.load_RW[0], state.load_RW[1])
+            copy_rows(state.part_XW[0], state.part_XW[1])
             cost = new_cost
         else:
             _undo(layer, state, saved, kind, r, k, s, j, e, f)
@@ -420,9 +407,9 @@ def anneal_batch(  # type: ignore[no-untyped-def]
         value = _value(layer, state.load_RW[0])
         if value < best_value:
             best_value = value
-            _copy_rows(best_slot_RK, layer.slot_RK)
+            copy_rows(best_slot_RK, layer.slot_RK)
         if sweep < num_sweeps:
-            _set_slopes(layer, state, doublings)
+            set_slopes(state.slope_W, layer.weight_W, state.load_RW[0], doublings)
             _sweep(layer, state, saved, temperature, doublings, fixed)
             temperature *= fall
     return best_value

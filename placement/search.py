@@ -27,7 +27,8 @@ from eplb.arrays import FloatArray, IntArray
 from eplb.batch_split import batch_max_load
 from eplb.load_profile import replace_windows
 from eplb.metrics import CVAR_TAIL, tail_mean
-from eplb.placement.annealing import RULES, Layer, anneal
+from eplb.placement.anneal_kernel import RULES, Layer
+from eplb.placement.annealing import anneal
 from eplb.placement.batch_annealing import anneal_batch
 from eplb.placement.graph import ring_placement
 from eplb.placement.windows import FitWindows, fit_windows, scaled_windows
