@@ -221,7 +221,8 @@ def _value_object(kind: Any, values: Mapping[Any, Any], section: str, **given: A
                 f"{unknown_name(f'key in {section}', str(key), fields)} (ignored)", stacklevel=5
             )
         elif value is not None:
-            known[key] = value
+            is_list = type(value) is list and "tuple" in str(fields[key].type)
+            known[key] = tuple(value) if is_list else value
     missing = [n for n in ("name",) if section == "model" and n not in known]
     missing += [n for n in _required(section) if n not in known]
     if missing:
