@@ -26,6 +26,7 @@ COMMANDS = {
     "import": "eplb.cli.import_plan",
     "plan": "eplb.cli.plan",
     "profile": "eplb.cli.profile",
+    "repair": "eplb.cli.repair",
     "replan": "eplb.cli.replan",
     "replay": "eplb.cli.replay",
     "requests": "eplb.cli.requests",

@@ -17,9 +17,14 @@ from eplb.errors import EplbError, InvalidInput, unknown_name
 from eplb.strict_yaml import read_mapping
 from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
 
-__all__ = ["is_topology_file", "named_topology", "read_topology", "with_bandwidths"]
+__all__ = ["is_topology_file", "read_topology", "with_bandwidths"]
 
-_COUNTS = ("num_nodes", "ranks_per_node", "slots_per_rank")
+# Of a cluster, and the options that say them.
+_COUNTS = {
+    "num_nodes": "--nodes",
+    "ranks_per_node": "--ranks-per-node",
+    "slots_per_rank": "--slots-per-rank",
+}
 
 
 def is_topology_file(name: str) -> bool:
@@ -35,7 +40,7 @@ def read_topology(path: str | os.PathLike[str], **counts: int | None) -> Topolog
     path : path
     **counts : int, optional
         ``num_nodes``, ``ranks_per_node`` and ``slots_per_rank``, where they are known: a count that
-        the file has too must be the same. Without ``slots_per_rank`` on either side it is 1.
+        the file has too must be the same.
 
     Raises
     ------
@@ -43,17 +48,7 @@ def read_topology(path: str | os.PathLike[str], **counts: int | None) -> Topolog
         The file is missing, is no topology, or contradicts the counts.
     """
     name = os.fspath(path)
-    document = read_mapping(path, "topology", "a YAML mapping with num_nodes and so on")
-    values: dict[str, Any] = {}
-    for key, value in document.items():
-        if key not in Topology.__dataclass_fields__:
-            known = Topology.__dataclass_fields__
-            warnings.warn(
-                f"{name}: {unknown_name('key in the topology', str(key), known)} (ignored)",
-                stacklevel=2,
-            )
-        elif value is not None:
-            values[key] = _value(key, value)
+    values = _fields(path)
     for key in _COUNTS:
         asked = counts.get(key)
         if asked is not None and values.setdefault(key, asked) != asked:
@@ -61,34 +56,12 @@ def read_topology(path: str | os.PathLike[str], **counts: int | None) -> Topolog
                 f"{name}: {key} is {values[key]!r} and {asked} was asked for; give the same, or "
                 "the file of that cluster"
             )
-    values.setdefault("slots_per_rank", max(_numbers(values.get("rank_slots")), default=1))
-    missing = [key for key in _COUNTS if key not in values]
-    if missing:
-        raise InvalidInput(f"{name}: {missing[0]} is missing; add it")
-    try:
-        return Topology(**values)
-    except EplbError as error:
-        raise type(error)(f"{name}: {error}") from None
-
-
-def named_topology(name: str, **counts: int | None) -> Topology:
-    """Return a preset or the topology of a file, with these counts.
-
-    Raises
-    ------
-    InvalidInput
-        There is no such preset or file, or a count is missing or contradicts the file.
-    """
-    if is_topology_file(name):
-        return read_topology(name, **counts)
-    if counts.get("num_nodes") is None:
-        raise InvalidInput(f"--nodes is missing; the preset {name} is of a node")
-    return topology_preset(
-        name,
-        num_nodes=counts["num_nodes"] or 1,
-        ranks_per_node=counts.get("ranks_per_node"),
-        slots_per_rank=counts.get("slots_per_rank") or 1,
-    )
+    if "rank_slots" in values:
+        values.setdefault("slots_per_rank", max(_numbers(values["rank_slots"]), default=0))
+    for key, option in _COUNTS.items():
+        if key not in values:
+            raise InvalidInput(f"{name}: {key} is missing; add it, or give {option}")
+    return _topology(name, values)
 
 
 def with_bandwidths(topology: Topology, name: str | None) -> tuple[Topology, str]:
@@ -104,7 +77,9 @@ def with_bandwidths(topology: Topology, name: str | None) -> tuple[Topology, str
     if name is None:
         return topology, "plan"
     if is_topology_file(name):
-        other, source = read_topology(name), f"file {name}"
+        # Its bandwidths alone are asked for, whatever the counts.
+        other = _topology(name, dict.fromkeys(_COUNTS, 1) | _fields(name))
+        source = f"file {name}"
     else:
         other, source = topology_preset(name, num_nodes=1, slots_per_rank=1), f"preset {name}"
     return (
@@ -115,6 +90,24 @@ def with_bandwidths(topology: Topology, name: str | None) -> tuple[Topology, str
         ),
         source,
     )
+
+
+def _fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file says of a topology."""
+    name, known = os.fspath(path), Topology.__dataclass_fields__
+    document = read_mapping(path, "topology", "a YAML mapping with num_nodes and so on")
+    for key in document:
+        if key not in known:
+            text = unknown_name("key in the topology", str(key), known)
+            warnings.warn(f"{name}: {text} (ignored)", stacklevel=3)
+    return {k: _value(k, v) for k, v in document.items() if k in known and v is not None}
+
+
+def _topology(name: str, values: dict[str, Any]) -> Topology:
+    try:
+        return Topology(**values)
+    except EplbError as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _value(key: str, value: object) -> object:
