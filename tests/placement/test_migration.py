@@ -88,6 +88,99 @@ def test_round_by_round_the_old_placement_becomes_the_new_one(case, spare):
             assert layer not in moved or wanted == live[layer][rank]
 
 
+def lived_through(migration, schedule, spare):
+    """Apply a schedule on a model of the cluster: slots that serve, and experts that wait.
+
+    Asserts that every expert is live at all times, and that no rank holds more than its slots and
+    ``spare`` experts. Returns the placement at the end.
+    """
+    serving = migration.old_LRK.copy()
+    known = [set(layer.reshape(-1).tolist()) - {-1} for layer in serving]
+    has_slot = (migration.old_LRK >= 0) | (migration.new_LRK >= 0)
+    placements = schedule.in_force(migration)
+    number = 0
+    for batch in range(int(schedule.batch_M.max(initial=0)) + 1):
+        of_batch = np.flatnonzero(schedule.batch_M == batch)
+        waiting = np.zeros(migration.num_ranks, int)
+        written = set()
+        for number in np.unique(schedule.round_M[of_batch]).tolist():
+            moves = np.flatnonzero(schedule.round_M == number)
+            assert (schedule.batch_M[moves] == batch).all()
+            assert len(set(schedule.source_M[moves].tolist())) == len(moves)
+            assert len(set(migration.rank_M[moves].tolist())) == len(moves)
+            for m in moves.tolist():
+                layer, rank = int(migration.layer_M[m]), int(migration.rank_M[m])
+                place = layer, rank, int(schedule.slot_M[m])
+                assert migration.expert_M[m] in serving[layer, schedule.source_M[m]]
+                assert has_slot[place]
+                assert place not in written
+                written.add(place)
+                # An empty slot takes its expert in at once.
+                waiting[rank] += serving[place] >= 0
+                assert waiting.max() <= spare
+        after = next(placements)
+        for m in of_batch.tolist():
+            serving[migration.layer_M[m], migration.rank_M[m], schedule.slot_M[m]] = (
+                migration.expert_M[m]
+            )
+        for layer, experts in enumerate(known):
+            assert set(after[layer].reshape(-1).tolist()) - {-1} >= experts
+            for rank in range(migration.num_ranks):
+                # Slots of a rank may be put in order, and what has no place any more may go.
+                assert set(after[layer, rank].tolist()) - {-1} <= set(serving[layer, rank].tolist())
+        serving = after
+    assert next(placements, None) is None
+    return serving
+
+
+@given(sides(), st.integers(0, 3))
+def test_layers_change_over_in_parts_within_any_spare_slot(case, spare):
+    old, new, per_node = case
+    migration = find_migration(old, new)
+    try:
+        schedule = schedule_moves(migration, per_node, spare_slots=spare, in_parts=True)
+    except MigrationFailed as error:
+        assert spare == 0, error  # noqa: PT017
+        return
+    assert schedule.num_rounds == schedule.min_rounds
+    assert schedule.staging_slots <= spare
+    end = lived_through(migration, schedule, spare)
+    assert np.array_equal(end, migration.new_LRK)
+
+
+@given(sides())
+def test_in_parts_nothing_is_split_that_fits(case):
+    old, new, per_node = case
+    migration = find_migration(old, new)
+    schedule = schedule_moves(migration, per_node, spare_slots=99, in_parts=True)
+    assert (schedule.batch_M == 0).all()
+    received = np.zeros(migration.num_ranks, int)
+    into = migration.old_LRK[migration.layer_M, migration.rank_M, schedule.slot_M] >= 0
+    np.add.at(received, migration.rank_M[into], 1)
+    assert schedule.staging_slots == received.max()
+
+
+def test_a_ring_of_single_replicas_needs_one_spare_slot_and_no_more():
+    """Three ranks hand everything on: each part is a ring of three transfers."""
+    old = np.array([[[0, 1], [2, 3], [4, 5]]])
+    new = np.array([[[4, 5], [0, 1], [2, 3]]])
+    migration = find_migration(old, new)
+    schedule = schedule_moves(migration, 1, spare_slots=1, in_parts=True)
+    assert sorted(np.bincount(schedule.batch_M).tolist()) == [3, 3]
+    assert np.array_equal(lived_through(migration, schedule, 1), new)
+    with pytest.raises(MigrationFailed, match="give at least 1"):
+        schedule_moves(migration, 1, spare_slots=0, in_parts=True)
+
+
+def test_new_ranks_fill_without_spare_slots():
+    old = np.array([[[0, 1], [2, 3]]])
+    new = np.array([[[0, 1], [2, 3], [0, 2], [1, 3]]])
+    migration = find_migration(old, new)
+    schedule = schedule_moves(migration, 2, spare_slots=0, in_parts=True)
+    assert schedule.staging_slots == 0
+    assert np.array_equal(lived_through(migration, schedule, 0), new)
+
+
 @given(sides())
 def test_rounds_are_the_largest_degree(case):
     old, new, per_node = case
