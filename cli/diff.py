@@ -58,7 +58,9 @@ def command(
     cluster, source = with_bandwidths(cluster, topology)
     size = expert_bytes or new.model.expert_bytes or old.model.expert_bytes
     migration = find_migration(old_LRK, new_LRK)
-    schedule = schedule_moves(migration, cluster.ranks_per_node, spare_slots=spare_slots)
+    schedule = schedule_moves(
+        migration, cluster.ranks_per_node, spare_slots=spare_slots, in_parts=True
+    )
     rounds_s = None if size is None else schedule.round_seconds(migration, cluster, size)
     per_node = cluster.ranks_per_node
     inside = int(np.sum(schedule.source_M // per_node == migration.rank_M // per_node))
@@ -78,6 +80,8 @@ def command(
         "min_rounds": schedule.min_rounds,
         "seconds": None if rounds_s is None else sum(rounds_s),
         "round_seconds": rounds_s,
+        "round_bytes": None if size is None else (size * np.bincount(schedule.round_M)).tolist(),
+        "batches": int(schedule.batch_M.max(initial=-1)) + 1,
         "staging_slots": schedule.staging_slots,
         "expert_bytes": size,
         "bandwidths": {

@@ -30,6 +30,7 @@ COMMANDS = {
     "replan": "eplb.cli.replan",
     "replay": "eplb.cli.replay",
     "requests": "eplb.cli.requests",
+    "resize": "eplb.cli.resize",
     "versions": "eplb.cli.versions",
 }
 

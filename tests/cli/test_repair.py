@@ -84,3 +84,43 @@ def test_a_topology_file_gives_counts_and_bandwidths(run, loads, tmp_path):
         "did you mean"
         in run("plan", loads / "day.npz", "--topology", "h80", "--nodes", 2, "-o", "x.yaml").err
     )
+
+
+def test_resize_there_and_back(run, loads, small):
+    planned(run, loads, small)
+    done = run(
+        "resize", "plan.yaml", loads / "day.npz", "--nodes", 1, "--slots-per-rank", 10,
+        "--spare-slots", 1, "--topology", "h800", "--time-limit", 0.5, "-o", "night.yaml",
+        "--json",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    plan = read_plan("night.yaml")
+    assert plan.digest() == report["digest"]
+    assert plan.topology.label == report["to"] == "EP2x10"
+    assert report["forced_experts"] <= report["moved_experts"]
+    assert report["staging_slots"] <= 1
+    scored = json.loads(run("evaluate", "night.yaml", loads / "day.npz", "--json").out)
+    assert abs(scored["imbalance_mean"] - report["imbalance"]) < 1e-9
+    shown = run("resize", "night.yaml", loads / "day.npz", *small, "--solver", "greedy",
+                "-o", "day.yaml")  # fmt: skip
+    assert shown.code == 0, shown.err
+    assert "EP2x10 to EP4x5" in shown.out
+    diff = json.loads(run("diff", "plan.yaml", "night.yaml", "--spare-slots", 1, "--json").out)
+    assert diff["moved_experts"] == report["moved_experts"]
+    assert diff["staging_slots"] <= 1
+    assert diff["batches"] >= 1
+
+
+def test_what_cannot_be_resized(run, loads, small):
+    planned(run, loads, small)
+    day = loads / "day.npz"
+    for options, code, words in (
+        ((), 2, "nothing changes"),
+        (("--nodes", 1), 3, "--slots-per-rank 8"),
+        (("--back-in-service", 1), 2, "rank 1 is not out of service"),
+        (("--nodes", 1, "--slots-per-rank", 8, "--max-moves", 0), 3, "use --max-moves"),
+        (("--nodes", 3, "--topology", "none.yaml"), 2, "does not exist"),
+    ):
+        done = run("resize", "plan.yaml", day, *options, "--solver", "greedy", "-o", "r.yaml")
+        assert (done.code, words in done.err) == (code, True), done.err
