@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import click
 import numpy as np
 
-from eplb.cli.options import Name, as_json
-from eplb.topology import TOPOLOGY_PRESETS
+from eplb.cli.options import Machine, as_json
 
 __all__ = ["command"]
 
@@ -32,8 +30,9 @@ __all__ = ["command"]
 )
 @click.option(
     "--topology",
-    type=Name("topology preset", TOPOLOGY_PRESETS),
-    help="Machine whose bandwidths count, in place of the plans' own.",
+    type=Machine(),
+    help="Machine whose bandwidths count, in place of the plans' own: a preset, or a file of a "
+    "measured cluster.",
 )
 @as_json
 def command(
@@ -52,21 +51,16 @@ def command(
     from eplb.placement.migration import find_migration, plan_slots
     from eplb.placement.schedule import schedule_moves
     from eplb.plan_file import read_plan
+    from eplb.topology_file import with_bandwidths
 
     old, new = read_plan(old_path), read_plan(new_path)
     old_LRK, new_LRK, cluster = plan_slots(old, new)
-    source = "plan"
-    if topology is not None:
-        preset = TOPOLOGY_PRESETS[topology]
-        cluster = replace(
-            cluster,
-            intra_node_bytes_per_s=preset.intra_node_bytes_per_s,
-            inter_node_bytes_per_s=preset.inter_node_bytes_per_s,
-        )
-        source = f"preset {topology}"
+    cluster, source = with_bandwidths(cluster, topology)
     size = expert_bytes or new.model.expert_bytes or old.model.expert_bytes
     migration = find_migration(old_LRK, new_LRK)
-    schedule = schedule_moves(migration, cluster.ranks_per_node, spare_slots=spare_slots)
+    schedule = schedule_moves(
+        migration, cluster.ranks_per_node, spare_slots=spare_slots, in_parts=True
+    )
     rounds_s = None if size is None else schedule.round_seconds(migration, cluster, size)
     per_node = cluster.ranks_per_node
     inside = int(np.sum(schedule.source_M // per_node == migration.rank_M // per_node))
@@ -86,6 +80,8 @@ def command(
         "min_rounds": schedule.min_rounds,
         "seconds": None if rounds_s is None else sum(rounds_s),
         "round_seconds": rounds_s,
+        "round_bytes": None if size is None else (size * np.bincount(schedule.round_M)).tolist(),
+        "batches": int(schedule.batch_M.max(initial=-1)) + 1,
         "staging_slots": schedule.staging_slots,
         "expert_bytes": size,
         "bandwidths": {

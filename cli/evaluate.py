@@ -149,7 +149,7 @@ def _tokens(routings: str, plan: Plan, split: str) -> dict[str, float]:
         "tokens": len(topk_TLK),
         "max_receive_tokens_mean": float(received_LR.max(axis=1).mean()),
         "max_receive_tokens_worst": float(received_LR.max()),
-        "imbalance_mean": float(imbalance(received_LR).mean()),
+        "imbalance_mean": float(imbalance(received_LR, plan.topology).mean()),
         "ranks_per_token_mean": float(received_LR.sum(axis=1).mean() / len(topk_TLK)),
     }
 

@@ -26,9 +26,11 @@ COMMANDS = {
     "import": "eplb.cli.import_plan",
     "plan": "eplb.cli.plan",
     "profile": "eplb.cli.profile",
+    "repair": "eplb.cli.repair",
     "replan": "eplb.cli.replan",
     "replay": "eplb.cli.replay",
     "requests": "eplb.cli.requests",
+    "resize": "eplb.cli.resize",
     "versions": "eplb.cli.versions",
 }
 

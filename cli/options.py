@@ -10,10 +10,14 @@ import click
 
 from eplb.errors import InvalidInput, unknown_name
 from eplb.load_profile import LoadProfile
+from eplb.topology import TOPOLOGY_PRESETS
+from eplb.topology_file import is_topology_file
 
 __all__ = [
     "Fraction",
+    "Machine",
     "Name",
+    "Numbers",
     "Seconds",
     "as_json",
     "phase_option",
@@ -56,6 +60,43 @@ class Name(click.ParamType[str]):
             for name in self.known
             if name.startswith(incomplete)
         ]
+
+
+class Machine(Name):
+    """A topology preset, or the path of a topology file."""
+
+    name = "PRESET|FILE"
+
+    def __init__(self) -> None:
+        super().__init__("topology preset", TOPOLOGY_PRESETS)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name if it is a preset or looks like a path."""
+        text = str(value)
+        return text if is_topology_file(text) else super().convert(value, param, ctx)
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        """Show that a path will do."""
+        return self.name
+
+
+class Numbers(click.ParamType[tuple[int, ...]]):
+    """Whole numbers from 0 on, and ranges of them, as ``3,16-23``."""
+
+    name = "N,N-M,..."
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        """Return the numbers, in order and each once."""
+        numbers: set[int] = set()
+        for part in str(value).split(","):
+            match = re.fullmatch(r"\s*(\d{1,7})(?:-(\d{1,7}))?\s*", part)
+            ends = None if match is None else (int(match[1]), int(match[2] or match[1]))
+            if ends is None or ends[0] > ends[1]:
+                self.fail(f"{value!r} is no list of numbers such as 17,18 or 16-23", param, ctx)
+            numbers.update(range(ends[0], ends[1] + 1))
+        return tuple(sorted(numbers))
 
 
 class Fraction(click.ParamType[float]):

@@ -13,6 +13,7 @@ import numpy as np
 from eplb import __version__
 from eplb.cli.options import (
     Fraction,
+    Machine,
     Name,
     Seconds,
     as_json,
@@ -31,6 +32,7 @@ from eplb.plan_file import read_plan
 from eplb.problem import OBJECTIVES, Problem, Solution
 from eplb.split import SPLIT_RULES
 from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
+from eplb.topology_file import is_topology_file, read_topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +42,7 @@ __all__ = ["command", "make_plan", "model_of", "show_plan", "show_unseen", "topo
 
 @click.command("plan")
 @profile_arguments
-@click.option("--nodes", type=click.IntRange(min=1), required=True, help="Nodes of the cluster.")
+@click.option("--nodes", type=click.IntRange(min=1), help="Nodes of the cluster.")
 @click.option(
     "--ranks-per-node",
     type=click.IntRange(min=1),
@@ -49,13 +51,13 @@ __all__ = ["command", "make_plan", "model_of", "show_plan", "show_unseen", "topo
 @click.option(
     "--slots-per-rank",
     type=click.IntRange(min=1),
-    required=True,
     help="Routed experts a rank holds for each layer, redundant ones included.",
 )
 @click.option(
     "--topology",
-    type=Name("topology preset", TOPOLOGY_PRESETS),
-    help="Machine, for bandwidths in the plan: " + ", ".join(TOPOLOGY_PRESETS) + ".",
+    type=Machine(),
+    help="Machine, for bandwidths in the plan: " + ", ".join(TOPOLOGY_PRESETS) + ", or a file of "
+    "a measured cluster, which can give the counts too.",
 )
 @click.option(
     "--model",
@@ -228,14 +230,22 @@ def split_holdout(
 
 def topology_of(options: dict[str, Any]) -> Topology:
     """Return the topology that the options describe."""
-    counts = {"num_nodes": options["nodes"], "slots_per_rank": options["slots_per_rank"]}
-    if options["topology"] is not None:
-        return topology_preset(
-            options["topology"], ranks_per_node=options["ranks_per_node"], **counts
-        )
+    counts = {
+        "num_nodes": options["nodes"],
+        "ranks_per_node": options["ranks_per_node"],
+        "slots_per_rank": options["slots_per_rank"],
+    }
+    name = options["topology"]
+    if name is not None and is_topology_file(name):
+        return read_topology(name, **counts)
+    for option, count in (("nodes", "num_nodes"), ("slots-per-rank", "slots_per_rank")):
+        if counts[count] is None:
+            raise InvalidInput(f"--{option} is missing; give it, or a file with --topology")
+    if name is not None:
+        return topology_preset(name, **counts)
     if options["ranks_per_node"] is None:
         raise InvalidInput("--ranks-per-node is missing; give it, or a machine with --topology")
-    return Topology(ranks_per_node=options["ranks_per_node"], **counts)
+    return Topology(**counts)
 
 
 def model_of(profile: LoadProfile, options: dict[str, Any]) -> MoEModel:

@@ -93,6 +93,12 @@ def rescore(plan: Plan, profile: LoadProfile) -> tuple[float, float]:
     A layer without load in a window is not scored, nor is a window without load. Not for ``batch``.
     """
     num_ranks = plan.topology.num_nodes * plan.topology.ranks_per_node
+    speeds = dict(enumerate(plan.topology.rank_speed or ()))
+    capacity = fsum(
+        speeds.get(rank, 1.0)
+        for rank in range(num_ranks)
+        if rank not in plan.topology.ranks_out_of_service
+    )
     placement = plan.placement
     row_of = dict(zip(placement.layer_ids, placement.phys_to_log_LS.tolist(), strict=True))
     weights_of: dict[int, list[float]] = {}
@@ -106,14 +112,15 @@ def rescore(plan: Plan, profile: LoadProfile) -> tuple[float, float]:
             row_of[layer_id], plan.topology, plan.split, weights_of.get(layer_id)
         )
         table_ER = np.zeros((profile.num_experts, num_ranks + 1))
-        table_ER[tuple(zip(*fraction, strict=True))] = list(fraction.values())
+        for (expert, rank), part in fraction.items():
+            table_ER[expert, rank] = part / speeds.get(rank, 1.0)
         # One more rank, that receives everything, adds up what was routed.
         table_ER[:, num_ranks] = 1.0
         load_WR = profile.counts_WLE[:, layer] @ table_ER
         for ratios, loads in zip(ratios_of_window, load_WR.tolist(), strict=True):
             routed = loads.pop()
             if routed > 0:
-                ratios.append(max(loads) / routed * num_ranks)
+                ratios.append(max(loads) / routed * capacity)
     return _mean_and_worst(ratios_of_window)
 
 
@@ -135,14 +142,19 @@ def rank_fractions(
         Logical expert in each slot of one layer, -1 for an empty one.
     topology : Topology
     split : str
-        ``even``: replicas of an expert receive the same. ``nearest``: each rank is the source of
-        an equal part of the tokens and sends it to the replicas it holds, or else to those of its
-        node, or else to all of them; evenly in each case. ``weighted``: as the weights say.
+        ``even``: replicas of an expert receive the same. ``nearest``: each rank in service is the
+        source of an equal part of the tokens and sends it to the replicas it holds, or else to
+        those of its node, or else to all of them; evenly in each case. ``weighted``: as the
+        weights say.
     weights : list of float, optional
         The fraction of each slot, under ``weighted``.
     """
     per_node = topology.ranks_per_node
-    num_ranks = topology.num_nodes * per_node
+    serving = [
+        rank
+        for rank in range(topology.num_nodes * per_node)
+        if rank not in topology.ranks_out_of_service
+    ]
     holders_of: dict[int, list[int]] = {}
     for slot, expert in enumerate(row):
         if expert >= 0:
@@ -166,15 +178,14 @@ def rank_fractions(
             send(expert, 1, 1, holders)
             continue
         distant = 0
-        for node in range(topology.num_nodes):
-            neighbours = [rank for rank in holders if rank // per_node == node]
+        for source in serving:
+            neighbours = [rank for rank in holders if rank // per_node == source // per_node]
             if not neighbours:
-                distant += per_node
+                distant += 1
                 continue
-            for source in range(node * per_node, (node + 1) * per_node):
-                send(expert, 1, num_ranks, [source] if source in neighbours else neighbours)
+            send(expert, 1, len(serving), [source] if source in neighbours else neighbours)
         if distant:
-            send(expert, distant, num_ranks, holders)
+            send(expert, distant, len(serving), holders)
     return fraction
 
 
@@ -210,7 +221,20 @@ def _slot_problems(plan: Plan) -> list[str]:
             for slot, expert in enumerate(row)
             if type(expert) is not int or not -1 <= expert < num_experts
         ]
+        problems += [
+            f"layer {layer_id}, slot {slot}: expert {expert} is on rank "
+            f"{slot // topology.slots_per_rank}, which has no such slot or is out of service"
+            for slot, expert in enumerate(row[:num_slots])
+            if expert != -1 and not _exists(slot, topology)
+        ]
     return problems
+
+
+def _exists(slot: int, topology: Topology) -> bool:
+    """Tell whether a rank in service has this slot; ranks of fewer slots are padded."""
+    rank, place = divmod(slot, topology.slots_per_rank)
+    slots = topology.slots_per_rank if topology.rank_slots is None else topology.rank_slots[rank]
+    return place < slots and rank not in topology.ranks_out_of_service
 
 
 def _shared_ranks(plan: Plan) -> list[str]:
@@ -313,7 +337,7 @@ def _wrong_optima(plan: Plan, profile: LoadProfile) -> tuple[list[str], tuple[fl
     from eplb.metrics import rank_load  # noqa: PLC0415  (what is under check)
 
     largest_WL = rank_load(profile, plan.placement, plan.topology, "batch").max(axis=2)
-    num_ranks = plan.topology.num_nodes * plan.topology.ranks_per_node
+    num_ranks = len(plan.topology.ranks_in_service)
     routed_WL = profile.counts_WLE.sum(axis=2)
     figures = _mean_and_worst(
         [

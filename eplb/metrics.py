@@ -16,7 +16,7 @@ from eplb.arrays import FloatArray, IntArray
 from eplb.errors import InvalidInput
 from eplb.load_profile import LoadProfile
 from eplb.slots import Placement
-from eplb.split import check_split, slot_share
+from eplb.split import check_speeds, check_split, slot_share
 from eplb.topology import Topology
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "evaluate",
     "imbalance",
     "rank_load",
+    "relative_load",
     "step_costs",
     "tail_mean",
 ]
@@ -91,7 +92,8 @@ def rank_load(
     Raises
     ------
     InvalidInput
-        Profile, placement and topology do not fit each other, or the split rule is unknown.
+        Profile, placement and topology do not fit each other, or the split rule is unknown, or
+        does not know ranks of different speeds.
     PlacementInvalid
         A layer of the profile is not in the placement.
     """
@@ -106,6 +108,7 @@ def rank_load(
             f"{placement.num_experts}; give a profile of the plan's model"
         )
     check_split(split, placement.split_weights_LS)
+    check_speeds(split, topology)
     rows = placement.rows(profile.layer_ids)
     phys_to_log_LS = placement.phys_to_log_LS[rows]
     if split == "batch":
@@ -158,9 +161,37 @@ def tail_mean(cost_W: FloatArray, tail: float = CVAR_TAIL) -> float:
     return float(falling_W @ weight_W / size)
 
 
-def imbalance(rank_load_WLR: FloatArray) -> FloatArray:
-    """Return max / mean over the last axis; NaN where there is no load, which scores nothing."""
-    return _ratio(rank_load_WLR.max(axis=-1), rank_load_WLR.mean(axis=-1))
+def imbalance(rank_load_WLR: FloatArray, topology: Topology) -> FloatArray:
+    """Return max / mean over the last axis; NaN where there is no load, which scores nothing.
+
+    The load of a rank counts as load / speed, and the mean is what all would have if each rank had
+    as much load as its speed: again the least that the largest can be. Ranks out of service are
+    part of neither.
+    """
+    return _ratio(*_largest_and_mean(rank_load_WLR, topology))
+
+
+def relative_load(rank_load_WLR: FloatArray, topology: Topology) -> FloatArray:
+    """Return load / speed of each rank in service over the mean, whose maximum is the imbalance."""
+    cost_WLR, mean_WL = _costs(rank_load_WLR, topology)
+    return _ratio(cost_WLR, np.broadcast_to(mean_WL[..., np.newaxis], cost_WLR.shape))
+
+
+def _largest_and_mean(
+    rank_load_WLR: FloatArray, topology: Topology
+) -> tuple[FloatArray, FloatArray]:
+    cost_WLR, mean_WL = _costs(rank_load_WLR, topology)
+    largest_WL: FloatArray = cost_WLR.max(axis=-1)
+    return largest_WL, mean_WL
+
+
+def _costs(rank_load_WLR: FloatArray, topology: Topology) -> tuple[FloatArray, FloatArray]:
+    """Return load / speed of the ranks in service, and its mean weighted by their speed."""
+    if topology.is_uniform:
+        return rank_load_WLR, rank_load_WLR.mean(axis=-1)
+    ranks, speed_R = topology.ranks_in_service, topology.speed_R
+    mean_WL: FloatArray = rank_load_WLR.sum(axis=-1) / speed_R.sum()
+    return rank_load_WLR[..., ranks] / speed_R[ranks], mean_WL
 
 
 def _ratio(largest: FloatArray, mean: FloatArray) -> FloatArray:
@@ -178,20 +209,18 @@ def evaluate(profile: LoadProfile, placement: Placement, topology: Topology, spl
         As :func:`rank_load`.
     """
     load_WLR = rank_load(profile, placement, topology, split)
-    max_WL = load_WLR.max(axis=2)
-    mean_WL = load_WLR.mean(axis=2)
-    ratio_WL = _ratio(max_WL, mean_WL)
+    max_WL, mean_WL = _largest_and_mean(load_WLR, topology)
+    rows_WL = load_WLR.max(axis=2)
+    figures = _ratio(max_WL, mean_WL), max_WL, mean_WL, rows_WL
     scenario_W = np.array(profile.scenario_W)
     return _balance(
-        ratio_WL,
-        max_WL,
-        mean_WL,
+        *figures,
         by_layer={
-            layer_id: _balance(*(a[:, [layer]] for a in (ratio_WL, max_WL, mean_WL)))
+            layer_id: _balance(*(a[:, [layer]] for a in figures))
             for layer, layer_id in enumerate(profile.layer_ids)
         },
         by_scenario={
-            name: _balance(*(a[scenario_W == name] for a in (ratio_WL, max_WL, mean_WL)))
+            name: _balance(*(a[scenario_W == name] for a in figures))
             for name in profile.scenarios
             if max_WL[scenario_W == name].any()
         },
@@ -202,6 +231,7 @@ def _balance(
     ratio_WL: FloatArray,
     max_WL: FloatArray,
     mean_WL: FloatArray,
+    rows_WL: FloatArray,
     *,
     by_layer: Mapping[int, Balance] | None = None,
     by_scenario: Mapping[str, Balance] | None = None,
@@ -217,8 +247,8 @@ def _balance(
         imbalance_cvar=tail_mean(step_W),
         imbalance_worst_layer=float(np.nanmax(ratio_WL)),
         balancedness=float(mean_WL.sum() / max_WL.sum()),
-        max_receive_rows_mean=float(max_WL[max_WL > 0].mean()),
-        max_receive_rows_worst=float(max_WL.max()),
+        max_receive_rows_mean=float(rows_WL[rows_WL > 0].mean()),
+        max_receive_rows_worst=float(rows_WL.max()),
         by_layer=by_layer or {},
         by_scenario=by_scenario or {},
     )

@@ -18,7 +18,7 @@ import numpy as np
 from eplb.arrays import IntArray
 from eplb.errors import InvalidInput
 from eplb.load_profile import LoadProfile
-from eplb.metrics import imbalance, rank_load, step_costs
+from eplb.metrics import imbalance, rank_load, relative_load, step_costs
 from eplb.slots import Placement
 from eplb.topology import Topology
 
@@ -128,7 +128,7 @@ def step_noise(
         profile = _scenario_means(profile)
     chosen = np.linspace(0, profile.num_windows - 1, NUM_STEPS).round().astype(int)
     drawn = _drawn(profile, chosen, tokens_per_step * top_k / factor, seed)
-    ratio_DL = imbalance(rank_load(drawn, placement, topology, split))
+    ratio_DL = imbalance(rank_load(drawn, placement, topology, split), topology)
     # Noise is judged by rules that give each slot a fixed fraction; `even` stands in for `batch`.
     fixed = "even" if split == "batch" else split
     floor, recording = (
@@ -193,12 +193,9 @@ def _floor(
 ) -> float:
     """Return the mean imbalance of ranks that are balanced but for the noise of their loads."""
     drawn = _drawn(profile, chosen, choices, seed)
-    relative = []
-    for side in (drawn, profile):
-        load_WLR = rank_load(side, placement, topology, split)
-        mean_WL1 = load_WLR.mean(axis=2, keepdims=True)
-        relative.append(
-            np.divide(load_WLR, mean_WL1, out=np.full_like(load_WLR, np.nan), where=mean_WL1 > 0)
-        )
+    relative = [
+        relative_load(rank_load(side, placement, topology, split), topology)
+        for side in (drawn, profile)
+    ]
     noise_DLR = relative[0] - relative[1][chosen]
     return float(np.nanmean(1.0 + noise_DLR.max(axis=2)))

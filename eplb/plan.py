@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from eplb.errors import InvalidInput, PlacementInvalid, unknown_name
 from eplb.model import MoEModel
 from eplb.problem import OBJECTIVES
@@ -103,11 +105,26 @@ class Plan:
             )
         if self.placement.layer_ids != self.model.layer_ids:
             raise InvalidInput("the placement and its model must name the same layers")
+        self._check_padding()
         check_split(self.split, self.placement.split_weights_LS)
         if self.split != "weighted" and self.placement.split_weights_LS is not None:
             raise InvalidInput(f"split {self.split} takes no split_weights; remove them")
         if self.statistic not in OBJECTIVES:
             raise unknown_name("objective", self.statistic, OBJECTIVES)
+
+    def _check_padding(self) -> None:
+        if self.topology.is_uniform:
+            return
+        astray_LS = (self.placement.phys_to_log_LS >= 0) & ~self.topology.has_slot_RK.reshape(-1)
+        if astray_LS.any():
+            layer, slot = (int(i) for i in np.argwhere(astray_LS)[0])
+            rank = slot // self.topology.slots_per_rank
+            out = rank in self.topology.ranks_out_of_service
+            raise PlacementInvalid(
+                f"layer {self.placement.layer_ids[layer]}, slot {slot} holds an expert and rank "
+                f"{rank} {'is out of service' if out else 'has fewer slots'}; it must be -1 (eplb "
+                "repair moves what dead ranks held)"
+            )
 
     def content(self) -> dict[str, Any]:
         """Return what the plan decides, as the JSON values that its digest covers."""
@@ -120,9 +137,9 @@ class Plan:
             if (value := getattr(self.model, name)) is not None
         }  # fmt: skip
         topology = {
-            name: value
+            name: list(value) if isinstance(value, tuple) else value
             for name in self.topology.__dataclass_fields__
-            if (value := getattr(self.topology, name)) is not None
+            if (value := getattr(self.topology, name)) not in (None, ())
         }
         placement = self.placement
         content = {

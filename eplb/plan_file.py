@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from eplb.model import MoEModel
 from eplb.plan import PLAN_SCHEMA, Plan, Quality, content_digest
 from eplb.slots import Placement
 from eplb.split import SPLIT_RULES
-from eplb.strict_yaml import StrictLoader
+from eplb.strict_yaml import read_mapping
 from eplb.topology import Topology
 
 __all__ = ["read_plan", "write_plan"]
@@ -75,7 +74,7 @@ def read_plan(path: str | os.PathLike[str]) -> Plan:
         A layer has the wrong length, an unknown expert, or lacks one.
     """
     name = os.fspath(path)
-    document = _load(Path(path), name)
+    document = read_mapping(path, "plan", f"a YAML mapping with schema {PLAN_SCHEMA}")
     try:
         return _plan_of(document)
     except EplbError as error:
@@ -221,7 +220,8 @@ def _value_object(kind: Any, values: Mapping[Any, Any], section: str, **given: A
                 f"{unknown_name(f'key in {section}', str(key), fields)} (ignored)", stacklevel=5
             )
         elif value is not None:
-            known[key] = value
+            is_list = type(value) is list and "tuple" in str(fields[key].type)
+            known[key] = tuple(value) if is_list else value
     missing = [n for n in ("name",) if section == "model" and n not in known]
     missing += [n for n in _required(section) if n not in known]
     if missing:
@@ -267,31 +267,3 @@ def _dump(values: Mapping[str, Any]) -> str:
     text: str = yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, default_flow_style=None,
                           width=100)  # fmt: skip
     return text
-
-
-def _load(path: Path, name: str) -> dict[Any, Any]:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise InvalidInput(f"{name} does not exist; check the path") from None
-    except IsADirectoryError:
-        raise InvalidInput(f"{name} is a directory; name a plan file") from None
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"cannot read {name}: {error}") from None
-    if not data.strip():
-        raise InvalidInput(f"{name} is empty; plan again")
-    try:
-        document = yaml.load(data, Loader=StrictLoader)  # noqa: S506
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise InvalidInput(f"{name}{where}: not the YAML of a plan: {problem}") from None
-    except Exception as error:  # noqa: BLE001
-        # PyYAML lets errors of the constructors of dates, numbers and sets through.
-        raise InvalidInput(f"{name}: not a plan: {type(error).__name__}: {error}") from None
-    if not isinstance(document, dict):
-        raise InvalidInput(
-            f"{name} is not a plan; a plan is a YAML mapping with schema {PLAN_SCHEMA}"
-        )
-    return document

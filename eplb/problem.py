@@ -11,10 +11,10 @@ from eplb.load_profile import LoadProfile
 from eplb.metrics import Balance
 from eplb.model import MoEModel
 from eplb.slots import Placement
-from eplb.split import SPLIT_RULES
+from eplb.split import SPLIT_RULES, check_speeds
 from eplb.topology import Topology
 
-__all__ = ["OBJECTIVES", "Problem", "Solution"]
+__all__ = ["OBJECTIVES", "Problem", "Solution", "check_room"]
 
 # Statistics over windows, of what a step costs (its mean imbalance over layers).
 OBJECTIVES = ("mean", "worst", "cvar")
@@ -75,13 +75,8 @@ class Problem:
                 f"{len(model.layer_ids)} ({model.layer_ids[0]} to {model.layer_ids[-1]}); choose "
                 "the model the loads were recorded from"
             )
-        if topology.num_slots < model.num_experts:
-            least = -(-model.num_experts // topology.num_ranks)
-            raise InfeasibleProblem(
-                f"{topology.num_ranks} ranks x {topology.slots_per_rank} slots are "
-                f"{topology.num_slots} slots for {model.num_experts} experts, and each expert "
-                f"needs one; use --slots-per-rank {least} or more"
-            )
+        check_room(topology, model.num_experts)
+        check_speeds(self.split, topology)
         if self.groups_in_nodes:
             self._check_groups()
         ranks = topology.ranks_per_node if self.groups_in_nodes else topology.num_ranks
@@ -102,6 +97,29 @@ class Problem:
                 f"--hierarchical places whole groups on nodes, and {groups} groups cannot be "
                 f"divided over {nodes} nodes; use {allowed} nodes, or leave --hierarchical out"
             )
+
+
+def check_room(topology: Topology, num_experts: int) -> None:
+    """Raise unless the ranks in service have a slot for each expert.
+
+    Raises
+    ------
+    InfeasibleProblem
+        They have fewer.
+    """
+    if topology.num_usable_slots >= num_experts:
+        return
+    num_ranks = len(topology.ranks_in_service)
+    in_service = " in service" if topology.ranks_out_of_service else ""
+    slots = (
+        f"x {topology.slots_per_rank} slots are {topology.num_usable_slots}"
+        if topology.rank_slots is None
+        else f"have {topology.num_usable_slots}"
+    )
+    raise InfeasibleProblem(
+        f"{num_ranks} ranks{in_service} {slots} slots for {num_experts} experts, and each expert "
+        f"needs one; use --slots-per-rank {-(-num_experts // num_ranks)} or more"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,8 +26,8 @@ def receive_tokens(
 ) -> FloatArray:
     """Return the tokens each rank is expected to receive, shape [L, R].
 
-    Each rank is the source of an equal part of the tokens, and each token-expert pair takes one of
-    the replicas its rule allows, independently of the token's other experts.
+    Each rank in service is the source of an equal part of the tokens, and each token-expert pair
+    takes one of the replicas its rule allows, independently of the token's other experts.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ def receive_tokens(
             f"{placement.num_experts - 1}"
         )
     # Under `even` where a token comes from makes no difference.
-    sources = range(topology.num_ranks) if split == "nearest" else range(1)
+    sources = topology.ranks_in_service.tolist() if split == "nearest" else [0]
     received_LR = np.zeros((placement.num_layers, topology.num_ranks))
     for layer in range(placement.num_layers):
         on_rank_ER = _replicas_on_rank(placement.phys_to_log_LS[layer], placement, topology)

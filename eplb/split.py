@@ -1,10 +1,10 @@
 """Split rules: how the tokens of a logical expert divide over its replicas.
 
 ``even``, ``nearest`` and ``weighted`` give each slot its fraction of its expert's tokens, exactly
-and in expectation over the tokens' source ranks (each rank is the source of an equal part, as
-data-parallel ranks of one size are). Evaluator and solvers use these functions; the runtime's
-choice of a replica follows them. Under ``batch`` fractions are chosen anew for every window:
-:mod:`eplb.batch_split`.
+and in expectation over the tokens' source ranks (each rank in service is the source of an equal
+part, as data-parallel ranks of one size are). Evaluator and solvers use these functions; the
+runtime's choice of a replica follows them. Under ``batch`` fractions are chosen anew for every
+window: :mod:`eplb.batch_split`.
 Shape letters: L layers, E logical experts, S slots, R ranks, N nodes, M ranks of a node.
 """
 
@@ -17,7 +17,7 @@ from eplb.errors import InvalidInput, unknown_name
 from eplb.slots import replica_count
 from eplb.topology import Topology
 
-__all__ = ["SPLIT_RULES", "check_split", "slot_share"]
+__all__ = ["SPLIT_RULES", "check_speeds", "check_split", "slot_share"]
 
 SPLIT_RULES = ("even", "nearest", "weighted", "batch")
 
@@ -36,6 +36,21 @@ def check_split(split: str, split_weights_LS: FloatArray | None) -> None:
         raise InvalidInput(
             "split weighted needs split_weights and this placement has none; plan with "
             "--split weighted, or use another rule"
+        )
+
+
+def check_speeds(split: str, topology: Topology) -> None:
+    """Raise where the ranks' speeds differ and the best split of a batch would have to know them.
+
+    Raises
+    ------
+    InvalidInput
+        The rule is ``batch`` and ranks differ in speed.
+    """
+    if split == "batch" and topology.rank_speed is not None:
+        raise InvalidInput(
+            "split batch divides batches over ranks of one speed, and rank_speed says that they "
+            "differ; use even, nearest or weighted, or leave rank_speed out"
         )
 
 
@@ -80,11 +95,12 @@ def _nearest(phys_to_log_LS: IntArray, num_experts: int, topology: Topology) -> 
     """Let a rank use its own replicas, else those of its node, else all; evenly in each class.
 
     For a slot on rank r of node n, whose expert has d replicas on r, c on n and a in all, is on h
-    ranks of n and on m of the nodes, the share is::
+    of the M ranks of n and on nodes with q ranks, the share is::
 
-        (1/R) * (1/d + (M - h)/c + (R - M*m)/a)
+        (1/R) * (1/d + (M - h)/c + (R - q)/a)
 
-    from its own rank, from ranks of its node without a replica, and from nodes without one.
+    from its own rank, from ranks of its node without a replica, and from nodes without one. Ranks
+    are those in service.
     """
     num_layers, num_slots = phys_to_log_LS.shape
     num_ranks, num_nodes = topology.num_ranks, topology.num_nodes
@@ -107,12 +123,14 @@ def _nearest(phys_to_log_LS: IntArray, num_experts: int, topology: Topology) -> 
     own_node_LS = on_node_LEN[layer_LS, expert_LS, node_S]
     node_ranks_LS = ranks_of_node_LEN[layer_LS, expert_LS, node_S]
     total_LS = to_slots(on_node_LEN.sum(axis=2))
-    nodes_LS = to_slots(np.count_nonzero(on_node_LEN, axis=2))
+    sources = topology.ranks_in_service
+    sources_N = np.bincount(sources // topology.ranks_per_node, minlength=num_nodes)
+    near_LS = to_slots((on_node_LEN > 0) @ sources_N)
     share_LS = (
         1.0 / np.maximum(own_rank_LS, 1)
-        + (topology.ranks_per_node - node_ranks_LS) / np.maximum(own_node_LS, 1)
-        + (num_ranks - topology.ranks_per_node * nodes_LS) / np.maximum(total_LS, 1)
-    ) / num_ranks
+        + (sources_N[node_S] - node_ranks_LS) / np.maximum(own_node_LS, 1)
+        + (len(sources) - near_LS) / np.maximum(total_LS, 1)
+    ) / len(sources)
     return np.where(filled, share_LS, 0.0)
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["StrictLoader"]
+from eplb.errors import InvalidInput
+
+__all__ = ["StrictLoader", "read_mapping"]
 
 
 class StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
@@ -42,3 +46,43 @@ class StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: igno
 
 def _refusal(problem: str, node: yaml.Node) -> yaml.YAMLError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def read_mapping(path: str | os.PathLike[str], kind: str, layout: str) -> dict[Any, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Parameters
+    ----------
+    path : path
+    kind, layout : str
+        What the file is, and what it looks like, for messages.
+
+    Raises
+    ------
+    InvalidInput
+        The file cannot be read, or is something else.
+    """
+    name = os.fspath(path)
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InvalidInput(f"{name} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise InvalidInput(f"{name} is a directory; name a {kind} file") from None
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"cannot read {name}: {error}") from None
+    if not data.strip():
+        raise InvalidInput(f"{name} is empty; a {kind} is {layout}")
+    try:
+        document = yaml.load(data, Loader=StrictLoader)  # noqa: S506
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InvalidInput(f"{name}{where}: not the YAML of a {kind}: {problem}") from None
+    except Exception as error:  # noqa: BLE001
+        # PyYAML lets errors of the constructors of dates, numbers and sets through.
+        raise InvalidInput(f"{name}: not a {kind}: {type(error).__name__}: {error}") from None
+    if not isinstance(document, dict):
+        raise InvalidInput(f"{name} is not a {kind}; a {kind} is {layout}")
+    return document

@@ -121,7 +121,7 @@ def replay(problem: Problem, options: ReplayOptions) -> Replay:
         placement = replace(placement, phys_to_log_LS=new_LS)
         result.placements.append(placement)
         load_WLR = rank_load(ahead, placement, topology, problem.split)
-        scores.append(step_costs(imbalance(load_WLR)))
+        scores.append(step_costs(imbalance(load_WLR, topology)))
     return replace(result, imbalance_W=np.concatenate(scores))
 
 

@@ -6,13 +6,17 @@ their edges; a bipartite multigraph needs as many as its largest degree (Koenig,
 
 While a layer's experts arrive they wait in spare slots, and the old placement serves and is what
 all sends read; then the layer changes over on all ranks at once. So no expert is ever without a
-live replica. Spare slots are what limits how many layers move together.
+live replica. Spare slots are what limits how many layers move together. A layer that exceeds them
+can change over in parts (:mod:`eplb.placement.parts`), each from the placement that the part before
+it left.
 
 Shape letters: L layers, R ranks, K slots of a rank, M moves, B batches.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +24,7 @@ import numpy as np
 from eplb.arrays import IntArray, frozen_array
 from eplb.errors import InvalidInput, MigrationFailed
 from eplb.placement.migration import Migration
+from eplb.placement.parts import split_layer
 from eplb.topology import Topology
 
 __all__ = ["Schedule", "schedule_moves"]
@@ -34,6 +39,10 @@ class Schedule:
     source_M, round_M, batch_M : array of int64, shape [M]
         Of each move of the migration: the rank that sends, the round, and the batch of layers that
         change over together, after the last round of the batch.
+    slot_M : array of int64, shape [M]
+        The slot within its rank that the expert lies in once its batch has changed over: that of
+        the new placement, but where a layer that changes over in parts has another one till its
+        last part.
     num_rounds : int
     min_rounds : int
         The largest number of sends or receives of a rank, within each batch and added up: no order
@@ -45,13 +54,31 @@ class Schedule:
     source_M: IntArray
     round_M: IntArray
     batch_M: IntArray
+    slot_M: IntArray
     num_rounds: int
     min_rounds: int
     staging_slots: int
 
     def __post_init__(self) -> None:
-        for name in ("source_M", "round_M", "batch_M"):
+        for name in ("source_M", "round_M", "batch_M", "slot_M"):
             object.__setattr__(self, name, frozen_array(getattr(self, name), np.int64))
+
+    def in_force(self, migration: Migration) -> Iterator[IntArray]:
+        """Give the placement after each batch, shape [L, R, K]; the last one is the new one.
+
+        A layer is in its final order of slots after its last batch, and layers without moves are
+        so from the first one on.
+        """
+        now_LRK = migration.old_LRK.copy()
+        last_L = np.zeros(len(now_LRK), np.int64)
+        np.maximum.at(last_L, migration.layer_M, self.batch_M)
+        for batch in range(int(self.batch_M.max(initial=0)) + 1):
+            m = self.batch_M == batch
+            now_LRK[migration.layer_M[m], migration.rank_M[m], self.slot_M[m]] = migration.expert_M[
+                m
+            ]
+            now_LRK[last_L <= batch] = migration.new_LRK[last_L <= batch]
+            yield now_LRK.copy()
 
     def round_seconds(
         self, migration: Migration, topology: Topology, expert_bytes: int
@@ -73,7 +100,11 @@ class Schedule:
 
 
 def schedule_moves(
-    migration: Migration, ranks_per_node: int, *, spare_slots: int | None = None
+    migration: Migration,
+    ranks_per_node: int,
+    *,
+    spare_slots: int | None = None,
+    in_parts: bool = False,
 ) -> Schedule:
     """Choose sources and rounds.
 
@@ -84,6 +115,10 @@ def schedule_moves(
         Sources of the same node are taken before others, and of these the least busy.
     spare_slots : int, optional
         Experts that a rank can hold beyond its slots while they wait; no limit where left out.
+    in_parts : bool
+        Let an expert whose slot is empty arrive there and not wait, and let a layer that exceeds
+        the spare slots change over in parts. Without it all experts of a layer wait, and the layer
+        changes over once.
 
     Raises
     ------
@@ -94,27 +129,80 @@ def schedule_moves(
     """
     if spare_slots is not None and spare_slots < 0:
         raise InvalidInput(f"spare_slots must be at least 0, got {spare_slots}")
-    batch_M, staging = _batches(migration, spare_slots)
+    slot_M = migration.slot_M
+    if in_parts and spare_slots is not None:
+        batch_M, slot_M, staging = _batches_of_parts(migration, spare_slots)
+    else:
+        batch_M, staging = _batches(migration, spare_slots)
     source_M = np.full(migration.num_moves, -1, np.int64)
     round_M = np.full(migration.num_moves, -1, np.int64)
     num_rounds = least = 0
+    now_LRK = migration.old_LRK.copy()
     for batch in np.unique(batch_M):
         index = np.flatnonzero(batch_M == batch)
-        source_M[index] = _sources(migration, index, ranks_per_node)
+        source_M[index] = _sources(migration, now_LRK, index, ranks_per_node)
         source, target = source_M[index], migration.rank_M[index]
+        # Transfers between nodes first, so that the slow ones share rounds as far as they can.
+        slow = source // ranks_per_node != target // ranks_per_node
+        order = np.argsort(~slow, kind="stable")
         degree = int(max(np.bincount(source).max(), np.bincount(target).max()))
-        colour = _colour(source, target, migration.num_ranks, degree)
+        colour = np.empty(len(index), np.int64)
+        colour[order] = _colour(source[order], target[order], migration.num_ranks, degree)
         round_M[index] = colour + num_rounds
         num_rounds += int(colour.max()) + 1
         least += degree
+        layer, rank = migration.layer_M[index], migration.rank_M[index]
+        now_LRK[layer, rank, slot_M[index]] = migration.expert_M[index]
     return Schedule(
         source_M=source_M,
         round_M=round_M,
         batch_M=batch_M,
+        slot_M=slot_M,
         num_rounds=num_rounds,
         min_rounds=least,
         staging_slots=staging,
     )
+
+
+def _batches_of_parts(migration: Migration, spare_slots: int) -> tuple[IntArray, IntArray, int]:
+    """Return batch and slot of each move, and the most that a rank stages.
+
+    Each part of a layer goes into the first batch after that of the part before it that has room.
+    """
+    batch_M = np.zeros(migration.num_moves, np.int64)
+    slot_M = migration.slot_M.copy()
+    waiting_BR = [np.zeros(migration.num_ranks, np.int64)]
+    first_L = np.searchsorted(migration.layer_M, np.arange(len(migration.old_LRK) + 1))
+    for layer, (start, stop) in enumerate(itertools.pairwise(first_L.tolist())):
+        moves = slice(start, stop)
+        rank_M = migration.rank_M[moves]
+        parts = split_layer(
+            migration.old_LRK[layer],
+            migration.new_LRK[layer],
+            rank_M,
+            migration.slot_M[moves],
+            migration.expert_M[moves],
+            spare_slots,
+        )
+        if parts is None:
+            raise MigrationFailed(
+                f"experts of row {layer} of the layers can only take the place of others, and "
+                "ranks have no spare slot for them to wait in; give at least 1"
+            )
+        batch = -1
+        for part in parts:
+            waits = [rank_M[move] for move, _, waits in part if waits]
+            needs_R = np.bincount(waits, minlength=migration.num_ranks)
+            batch += 1
+            while batch < len(waiting_BR) and (waiting_BR[batch] + needs_R).max() > spare_slots:
+                batch += 1
+            if batch == len(waiting_BR):
+                waiting_BR.append(np.zeros(migration.num_ranks, np.int64))
+            waiting_BR[batch] += needs_R
+            for move, slot, _ in part:
+                batch_M[start + move] = batch
+                slot_M[start + move] = slot
+    return batch_M, slot_M, max(int(waiting_R.max()) for waiting_R in waiting_BR)
 
 
 def _batches(migration: Migration, spare_slots: int | None) -> tuple[IntArray, int]:
@@ -132,7 +220,8 @@ def _batches(migration: Migration, spare_slots: int | None) -> tuple[IntArray, i
             raise MigrationFailed(
                 f"rank {int(received_R.argmax())} receives {int(received_R.max())} experts of one "
                 f"layer (row {layer}) and has {spare_slots} spare slots for them to wait in; give "
-                f"{int(received_LR.max())}, or move fewer experts at a time"
+                f"{int(received_LR.max())}, let the layer change over in parts, or move fewer "
+                "experts at a time"
             )
         fits = (waiting_R + received_R).max() <= spare_slots
         batch_L[layer] = batch_L[layer - 1] + (not fits) if layer else 0
@@ -141,9 +230,11 @@ def _batches(migration: Migration, spare_slots: int | None) -> tuple[IntArray, i
     return batch_L[migration.layer_M], most
 
 
-def _sources(migration: Migration, index: IntArray, ranks_per_node: int) -> IntArray:
+def _sources(
+    migration: Migration, now_LRK: IntArray, index: IntArray, ranks_per_node: int
+) -> IntArray:
     """Return the rank that sends each of these moves: same node first, then the least busy."""
-    ranks = _holders(migration, index)
+    ranks = _holders(migration, now_LRK, index)
     sent = [0] * migration.num_ranks
     source = np.empty(len(index), np.int64)
     # Moves with the fewest sources to choose from first: the others can make way for them.
@@ -154,11 +245,11 @@ def _sources(migration: Migration, index: IntArray, ranks_per_node: int) -> IntA
     return source
 
 
-def _holders(migration: Migration, index: IntArray) -> list[list[int]]:
-    """Return the ranks that hold the expert of each of these moves in the old placement."""
+def _holders(migration: Migration, now_LRK: IntArray, index: IntArray) -> list[list[int]]:
+    """Return the ranks that hold the expert of each of these moves in the placement in force."""
     of: dict[tuple[int, int], list[int]] = {}
     for layer in np.unique(migration.layer_M[index]).tolist():
-        for rank, row in enumerate(migration.old_LRK[layer].tolist()):
+        for rank, row in enumerate(now_LRK[layer].tolist()):
             for expert in set(row):
                 of.setdefault((layer, expert), []).append(rank)
     keys = zip(migration.layer_M[index].tolist(), migration.expert_M[index].tolist(), strict=True)

@@ -19,6 +19,8 @@ from eplb.metrics import Balance, evaluate
 from eplb.placement.bound import layer_bounds
 from eplb.placement.fractions import best_fractions
 from eplb.placement.greedy import place_greedy
+from eplb.placement.in_service import put_back, reduced_placement, reduced_problem
+from eplb.placement.uneven import place_uneven
 from eplb.placement.windows import scaled_windows, window_weights
 from eplb.problem import Problem, Solution
 from eplb.slots import Placement
@@ -114,6 +116,15 @@ def solve(problem: Problem, solver: str = "greedy", effort: Effort | None = None
     if solver not in SOLVERS:
         raise unknown_name("solver", solver, SOLVERS)
     effort = effort or Effort()
+    part = reduced_problem(problem)
+    if part is not problem:
+        if effort.start is not None and effort.start.num_slots == problem.topology.num_slots:
+            start_part = reduced_placement(effort.start, problem.topology)
+            effort = replace(effort, start=start_part)
+        found = solve(part, solver, effort)
+        return replace(found, placement=put_back(found.placement, problem.topology))
+    if not problem.topology.is_uniform:
+        _check_uneven(problem, solver)
     start = time.perf_counter()
     answer = SOLVERS[solver](problem, effort)
     time_s = time.perf_counter() - start
@@ -121,6 +132,8 @@ def solve(problem: Problem, solver: str = "greedy", effort: Effort | None = None
     imbalance_L = np.array([layer.imbalance_mean for layer in balance.by_layer.values()])
     load_WLE = scaled_windows(problem.profile, problem.topology.num_ranks)
     weight_WL = window_weights(load_WLE)
+    if not problem.topology.is_uniform:
+        return _unproven(problem, answer, balance, solver, effort, time_s)
     # The bound of pairs takes a compiler, which greedy does without.
     bounds = partial(
         layer_bounds,
@@ -160,6 +173,44 @@ def solve(problem: Problem, solver: str = "greedy", effort: Effort | None = None
     )
 
 
+def _check_uneven(problem: Problem, solver: str) -> None:
+    """Refuse what is solved only for ranks with equal slots and speed."""
+    for asked, what in (
+        (solver != "greedy", f"--solver {solver}"),
+        (problem.groups_in_nodes, "--hierarchical"),
+        (problem.split == "weighted", "--split weighted"),
+    ):
+        if asked:
+            raise InvalidInput(
+                f"{what} knows ranks of equal slots and speed only; use --solver greedy with "
+                "--split even or nearest and without --hierarchical, or leave rank_slots and "
+                "rank_speed out of the topology"
+            )
+
+
+def _unproven(
+    problem: Problem, answer: Answer, balance: Balance, solver: str, effort: Effort, time_s: float
+) -> Solution:
+    """Return a solution for ranks that differ, of which no bound but 1 is known."""
+    objective = _objective(balance, problem.statistic)
+    bound = min(1.0, objective)
+    return Solution(
+        placement=answer.placement,
+        balance=balance,
+        objective=objective,
+        bound=bound,
+        gap=(objective - bound) / bound,
+        bound_mean=min(1.0, balance.imbalance_mean),
+        bound_L=np.ones(problem.profile.num_layers),
+        status="optimal" if objective - bound <= OPTIMAL_GAP else "feasible",
+        stop_reason=answer.stop_reason,
+        solver=solver,
+        seed=effort.seed,
+        time_s=time_s,
+        notes=answer.notes,
+    )
+
+
 def _objective(balance: Balance, statistic: str) -> float:
     figures = {
         "mean": balance.imbalance_mean,
@@ -185,9 +236,12 @@ def _greedy_slots(problem: Problem, blend: float = 0.0) -> IntArray:
         load_LE = load_LE ** (1 - blend) * largest_LE**blend
     # By a power of two into the range of float32: rounds as the counts themselves would.
     _, exponent = np.frexp(load_LE.max())
+    load_LE = np.ldexp(load_LE, -exponent).astype(np.float32)
+    if not problem.topology.is_uniform:
+        return place_uneven(load_LE, problem.topology, distinct_ranks=problem.distinct_ranks)
     hierarchical = problem.groups_in_nodes
     phys_to_log_LS, _ = place_greedy(
-        np.ldexp(load_LE, -exponent).astype(np.float32),
+        load_LE,
         num_slots=problem.topology.num_slots,
         num_ranks=problem.topology.num_ranks,
         num_nodes=problem.topology.num_nodes if hierarchical else 1,

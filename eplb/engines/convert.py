@@ -126,6 +126,11 @@ def export_plan(
 def _check_slots(placement: Placement, plan: Plan, engine: Engine) -> tuple[str, ...]:
     """Refuse slots that the engine cannot hold; return what it can, and should not."""
     rows_LS, per_rank = placement.phys_to_log_LS, plan.topology.slots_per_rank
+    if not plan.topology.is_uniform:
+        raise InvalidInput(
+            f"{engine.name} cannot express ranks out of service, or of different slots or speed; "
+            "make a plan of the ranks in service alone (eplb resize)"
+        )
     if not engine.empty_slots and (rows_LS == EMPTY).any():
         layer, slot = (int(i) for i in np.argwhere(rows_LS == EMPTY)[0])
         raise InvalidInput(

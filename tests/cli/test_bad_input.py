@@ -107,7 +107,7 @@ def test_profiles_that_disagree(run, tmp_path, name, pattern):
         (3, "more replicas than ranks", "--nodes 1 --ranks-per-node 2 --slots-per-rank 20"),
         (2, "0 is not in the range", "--nodes 0 --ranks-per-node 2 --slots-per-rank 9"),
         (2, "not a valid integer", "--nodes 2 --ranks-per-node 2.5 --slots-per-rank 9"),
-        (2, "Missing option '--slots-per-rank'", "--nodes 2 --ranks-per-node 2"),
+        (2, "--slots-per-rank is missing", "--nodes 2 --ranks-per-node 2"),
         (2, "--ranks-per-node is missing", "--nodes 2 --slots-per-rank 9"),
         (2, "over the limit", "--nodes 99999 --ranks-per-node 9999 --slots-per-rank 9"),
         (2, "does not divide the 16", f"{' '.join(NODES)} --groups 5"),

@@ -257,7 +257,10 @@ def test_figures_by_hand() -> None:
 
 
 def test_no_load_has_no_imbalance() -> None:
-    ratio = imbalance(np.array([[0.0, 0.0], [1.0, 3.0]]))
+    ratio = imbalance(
+        np.array([[0.0, 0.0], [1.0, 3.0]]),
+        Topology(num_nodes=1, ranks_per_node=2, slots_per_rank=1),
+    )
     assert np.isnan(ratio[0])
     assert ratio[1] == 1.5
 

@@ -4,6 +4,7 @@ from itertools import permutations
 
 import numpy as np
 import pytest
+from cluster_model import lived_through
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,6 +87,54 @@ def test_round_by_round_the_old_placement_becomes_the_new_one(case, spare):
             # Layers without transfers change over for free.
             assert wanted <= live[layer][rank]
             assert layer not in moved or wanted == live[layer][rank]
+
+
+@given(sides(), st.integers(0, 3))
+def test_layers_change_over_in_parts_within_any_spare_slot(case, spare):
+    old, new, per_node = case
+    migration = find_migration(old, new)
+    try:
+        schedule = schedule_moves(migration, per_node, spare_slots=spare, in_parts=True)
+    except MigrationFailed as error:
+        assert spare == 0, error  # noqa: PT017
+        return
+    assert schedule.num_rounds == schedule.min_rounds
+    assert schedule.staging_slots <= spare
+    end = lived_through(migration, schedule, spare)
+    assert np.array_equal(end, migration.new_LRK)
+
+
+@given(sides())
+def test_in_parts_nothing_is_split_that_fits(case):
+    old, new, per_node = case
+    migration = find_migration(old, new)
+    schedule = schedule_moves(migration, per_node, spare_slots=99, in_parts=True)
+    assert (schedule.batch_M == 0).all()
+    received = np.zeros(migration.num_ranks, int)
+    into = migration.old_LRK[migration.layer_M, migration.rank_M, schedule.slot_M] >= 0
+    np.add.at(received, migration.rank_M[into], 1)
+    assert schedule.staging_slots == received.max()
+
+
+def test_a_ring_of_single_replicas_needs_one_spare_slot_and_no_more():
+    """Three ranks hand everything on: each part is a ring of three transfers."""
+    old = np.array([[[0, 1], [2, 3], [4, 5]]])
+    new = np.array([[[4, 5], [0, 1], [2, 3]]])
+    migration = find_migration(old, new)
+    schedule = schedule_moves(migration, 1, spare_slots=1, in_parts=True)
+    assert sorted(np.bincount(schedule.batch_M).tolist()) == [3, 3]
+    assert np.array_equal(lived_through(migration, schedule, 1), new)
+    with pytest.raises(MigrationFailed, match="give at least 1"):
+        schedule_moves(migration, 1, spare_slots=0, in_parts=True)
+
+
+def test_new_ranks_fill_without_spare_slots():
+    old = np.array([[[0, 1], [2, 3]]])
+    new = np.array([[[0, 1], [2, 3], [0, 2], [1, 3]]])
+    migration = find_migration(old, new)
+    schedule = schedule_moves(migration, 2, spare_slots=0, in_parts=True)
+    assert schedule.staging_slots == 0
+    assert np.array_equal(lived_through(migration, schedule, 0), new)
 
 
 @given(sides())
