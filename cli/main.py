@@ -28,6 +28,7 @@ COMMANDS = {
     "profile": "eplb.cli.profile",
     "replan": "eplb.cli.replan",
     "replay": "eplb.cli.replay",
+    "report": "eplb.cli.report.command",
     "requests": "eplb.cli.requests",
     "versions": "eplb.cli.versions",
 }
