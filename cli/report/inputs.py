@@ -50,13 +50,13 @@ def read_curve(path: str) -> list[tuple[float, float]]:
     document = read_json(path)
     try:
         curve = [(float(e["moves"]), float(e["imbalance"])) for e in document["curve"]]
-        if not curve or not np.isfinite(curve).all():
-            raise ValueError
     except (KeyError, TypeError, ValueError, OverflowError):
+        curve = []
+    if not curve or not np.isfinite(curve).all():
         raise InvalidInput(
             f"{path} is not what eplb replan --json prints (an object with curve); run it again "
             "and keep its output"
-        ) from None
+        )
     return curve
 
 

@@ -9,21 +9,26 @@ import numpy as np
 
 from eplb.arrays import FloatArray
 from eplb.cli.report.loads import Comparison, Side, buckets_of, mean_where
+from eplb.cli.report.maps import (
+    MOST_COLUMNS,
+    half_span,
+    legend_around_one,
+    map_height,
+    range_label,
+    sharing,
+)
 from eplb.cli.report.options import Line, heat_map, lines
-from eplb.cli.report.values import Legend, Picture, Section, Table
-from eplb.cli.show import plural, ratio
+from eplb.cli.report.values import Picture, Section, Table
+from eplb.cli.show import ratio
 
-__all__ = ["layers_section", "map_height", "range_label", "ranks_section"]
-
-# Columns that can still be told apart on a wide screen.
-MOST_COLUMNS = 288
+__all__ = ["layers_section", "ranks_section"]
 
 
 def ranks_section(comparison: Comparison) -> Section:
     """Return the heat maps of rank loads, layers x ranks, on one scale."""
     sides = [comparison.before, comparison.after]
     loads = [side.relative_LR(comparison.shown_W) for side in sides]
-    half = _half_span(loads)
+    half = half_span(loads)
     pictures = tuple(
         _rank_map(comparison, side, load_LR, half)
         for side, load_LR in zip(sides, loads, strict=True)
@@ -41,15 +46,7 @@ def ranks_section(comparison: Comparison) -> Section:
     )
 
 
-def _half_span(loads: list[FloatArray]) -> float:
-    """Return how far from 1 the scale goes: all but the 0.5% farthest values, at most 1."""
-    away = np.concatenate([np.abs(load_LR[~np.isnan(load_LR)] - 1) for load_LR in loads])
-    return float(np.clip(np.ceil(np.quantile(away, 0.995) * 20) / 20, 0.1, 1.0))
-
-
-def _rank_map(
-    comparison: Comparison, side: Side, load_LR: FloatArray, half: float
-) -> Picture:
+def _rank_map(comparison: Comparison, side: Side, load_LR: FloatArray, half: float) -> Picture:
     topology, layer_ids = side.plan.topology, comparison.profile.layer_ids
     shown_LC, ranges = buckets_of(load_LR, MOST_COLUMNS)
     whole = len(ranges) == load_LR.shape[1]
@@ -67,11 +64,8 @@ def _rank_map(
     return Picture(
         key=f"ranks-{which}",
         title=f"{which.capitalize()}: {side.name}",
-        caption=(
-            f"{topology.label}; lines part the nodes."
-            + ("" if whole else f" {plural(topology.num_ranks, 'rank')} share {len(ranges)} "
-               "columns, each showing its largest.")  # fmt: skip
-        ),
+        caption=f"{topology.label}; lines part the nodes."
+        + sharing("ranks", topology.num_ranks, len(ranges)),
         label=(
             f"Heat map of {len(layer_ids)} layers by {topology.num_ranks} ranks, {side.name}: the "
             f"largest mean load is {largest_L.max():.2f} times the mean of its layer."
@@ -87,11 +81,7 @@ def _rank_map(
         ),
         height_px=map_height(len(layer_ids)),
         table=table,
-        legend=Legend(
-            palette="loads",
-            marks=(f"{1 - half:.2f}", "mean", f"{1 + half:.2f} and more"),
-            name="load of a rank / mean of its layer",
-        ),
+        legend=legend_around_one(half, "mean", "load of a rank / mean of its layer"),
     )
 
 
@@ -99,8 +89,10 @@ def _rank_notes(comparison: Comparison) -> tuple[str, ...]:
     if comparison.shown_profile.num_windows == 1:
         return ()
     return (
-        "A rank that is hot in one window and cool in the next is near the mean here: imbalance "
-        "below is averaged window by window, and is larger than what these colours show.",
+        (
+            "A rank that is hot in one window and cool in the next is near the mean here: "
+            "imbalance below is averaged window by window, and is larger than what these colours show."
+        ),
     )
 
 
@@ -155,14 +147,3 @@ def layers_section(comparison: Comparison) -> Section:
         lead="Layers add up: a step costs the mean of these values.",
         pictures=(picture,),
     )
-
-
-def map_height(num_rows: int) -> int:
-    """Return the height of a heat map: rows of 14 pixels while they fit, and room for its axis."""
-    return int(np.clip(14 * num_rows + 70, 200, 460))
-
-
-def range_label(bounds: tuple[int, int]) -> str:
-    """Return one number, or the first and last of several."""
-    first, last = bounds
-    return str(first) if first == last else f"{first}-{last}"

@@ -5,6 +5,7 @@ Shape letters: W windows, L layers, E logical experts, R ranks, B buckets of win
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -19,7 +20,15 @@ from eplb.placement.windows import scaled_windows, window_weights
 from eplb.plan import Plan
 from eplb.slots import initial_placement
 
-__all__ = ["Comparison", "Side", "buckets_of", "chance_drift", "compare", "drift_from", "mean_where"]
+__all__ = [
+    "Comparison",
+    "Side",
+    "buckets_of",
+    "chance_drift",
+    "compare",
+    "drift_from",
+    "mean_where",
+]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -173,9 +182,7 @@ def mean_where(values: FloatArray, axis: int) -> FloatArray:
     known = ~np.isnan(values)
     count = known.sum(axis=axis)
     total = np.where(known, values, 0.0).sum(axis=axis)
-    mean: FloatArray = np.divide(
-        total, count, out=np.full(total.shape, np.nan), where=count > 0
-    )
+    mean: FloatArray = np.divide(total, count, out=np.full(total.shape, np.nan), where=count > 0)
     return mean
 
 
@@ -191,7 +198,7 @@ def buckets_of(values: FloatArray, most: int) -> tuple[FloatArray, list[tuple[in
     """
     size = values.shape[-1]
     edges = np.linspace(0, size, min(size, most) + 1).astype(int)
-    ranges = [(int(a), int(b) - 1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    ranges = [(int(a), int(b) - 1) for a, b in itertools.pairwise(edges)]
     if size <= most:
         return values, ranges
     # fmax ignores NaN unless all are.

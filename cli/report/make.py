@@ -74,10 +74,10 @@ def plan_page(
     comparison = compare(plan, profile, fitted_W, previous)
     facts = headline(comparison)
     sections = [
-        figures_section(comparison),
         ranks_section(comparison),
         layers_section(comparison),
         windows_section(comparison),
+        figures_section(comparison),
         replicas_section(comparison),
         traffic_section(comparison, topk_TLK),
     ]
@@ -142,7 +142,9 @@ def replay_page(logs: Sequence[ReplayLog], profile: LoadProfile | None = None) -
     sections = [replay_section(logs), None if profile is None else drift_section(profile)]
     return Page(
         title=f"Replay under {first.policy}",
-        subtitle="" if profile is None else f"{profile.source}: "
+        subtitle=""
+        if profile is None
+        else f"{profile.source}: "
         f"{plural(profile.num_windows, 'step')}, {plural(profile.num_layers, 'layer')}",
         facts=facts,
         sections=_there(sections),

@@ -67,9 +67,12 @@ def moves_section(
         title=f"{plural(moves, 'move')} take imbalance from {before:.3f} to {after:.3f}",
         caption=(
             f"Points are means over {comparison.shown}."
-            + (" The dashed curve is what eplb replan reaches with fewer moves; it weighs recent "
-               "windows more, so read its shape." if curve else " With --replan, the curve of "
-               "eplb replan --json stands beside them.")  # fmt: skip
+            + (
+                " The dashed curve is what eplb replan reaches with fewer moves; it weighs recent "
+                "windows more, so read its shape."
+                if curve
+                else " With --replan, the curve of eplb replan --json stands beside them."
+            )
         ),
         label=f"Imbalance against moves: {before:.3f} at none, {after:.3f} at {moves}.",
         option=scatter(points, curve, x_name="experts moved", y_name="imbalance"),

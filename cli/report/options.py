@@ -82,9 +82,7 @@ def heat_map(
             "max": span[1],
             "inRange": {"color": f"${palette}"},
         },
-        "series": [
-            {"type": "heatmap", "name": value_name, "rows": numbers(values_YX, digits)}
-        ],
+        "series": [{"type": "heatmap", "name": value_name, "rows": numbers(values_YX, digits)}],
     }
 
 
@@ -114,19 +112,19 @@ def lines(
         Where the y axis begins, unless values lie below.
     """
     x = numbers(x_values)
-    drawn: list[dict[str, Any]] = []
-    for line in series:
-        drawn.append(
-            {
-                "type": "line",
-                "name": line.name,
-                "data": [list(pair) for pair in zip(x, numbers(line.values), strict=True)],
-                "color": f"${line.colour}",
-                "lineStyle": {"type": line.dash, "width": 2},
-                "showSymbol": len(x) < 3,
-                **({"step": "middle"} if step else {}),
-            }
-        )
+    drawn: list[dict[str, Any]] = [
+        {
+            "type": "line",
+            "name": line.name,
+            "data": [list(pair) for pair in zip(x, numbers(line.values), strict=True)],
+            "color": f"${line.colour}",
+            "lineStyle": {"type": line.dash, "width": 2},
+            # A line of one point would not be seen.
+            "symbol": "circle" if len(x) < 3 else "none",
+            **({"step": "middle"} if step else {}),
+        }
+        for line in series
+    ]
     if drawn and bands:
         drawn[0]["markArea"] = {
             "silent": True,
@@ -149,7 +147,8 @@ def lines(
     return {
         "xAxis": {"type": "value", "name": x_name, "min": "dataMin", "max": "dataMax"},
         "yAxis": y_axis,
-        "legend": {},
+        # The dash tells lines apart, not a mark in its middle.
+        "legend": {"itemStyle": {"opacity": 0}},
         "tooltip": {"trigger": "axis"},
         "series": drawn,
     }
@@ -204,7 +203,7 @@ def scatter(
                 "data": numbers(curve),
                 "color": "$extra",
                 "lineStyle": {"type": "dashed", "width": 2},
-                "showSymbol": False,
+                "symbol": "none",
             }
         )
     return {

@@ -27,16 +27,20 @@ def render(page: Page) -> str:
         for section in page.sections
         for picture in section.pictures
     }
-    return _environment().get_template("page.html.j2").render(
-        page=page,
-        pictures=pictures,
-        palettes={"light": _plain(LIGHT), "dark": _plain(DARK)},
-        light=Markup(css_variables(LIGHT)),  # noqa: S704  (our own constants)
-        dark=Markup(css_variables(DARK)),  # noqa: S704
-        style=_static("report.css"),
-        library=_static("echarts.min.js"),
-        script=_static("report.js"),
-        version=__version__,
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            page=page,
+            pictures=pictures,
+            palettes={"light": _plain(LIGHT), "dark": _plain(DARK)},
+            light=Markup(css_variables(LIGHT)),  # noqa: S704  (our own constants)
+            dark=Markup(css_variables(DARK)),  # noqa: S704
+            style=_static("report.css"),
+            library=_static("echarts.min.js"),
+            script=_static("report.js"),
+            version=__version__,
+        )
     )
 
 

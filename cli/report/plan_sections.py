@@ -47,8 +47,8 @@ def headline(comparison: Comparison) -> tuple[Fact, ...]:
         ),
         Fact(
             name="Waiting",
-            value=percent(after.imbalance_mean - 1),
-            was=percent(before.imbalance_mean - 1),
+            value=f"{after.imbalance_mean - 1:.1%}",
+            was=f"{before.imbalance_mean - 1:.1%}",
             note="What a step of expert work costs beyond balanced ranks.",
         ),
         Fact(
@@ -170,16 +170,18 @@ def figures_section(comparison: Comparison) -> Section:
 def _fit_notes(comparison: Comparison) -> tuple[str, ...]:
     if comparison.has_both:
         fitted = int(comparison.fitted_W.sum())
-        return (
+        note = (
             f"The plan was fitted to {plural(fitted, 'window')} of these; pictures of loads show "
-            f"the other {int((~comparison.fitted_W).sum())}, which is what serving will meet.",
+            f"the other {int((~comparison.fitted_W).sum())}, which is what serving will meet."
         )
+        return (note,)
     if comparison.fitted_W.all():
-        return (
+        note = (
             "These are the loads that the plan was fitted to: expect other traffic to be less "
-            "balanced. Plan with --holdout, or report on another recording.",
+            "balanced. Plan with --holdout, or report on another recording."
         )
-    return ("The plan was not fitted to any of these windows.",)
+        return (note,)
+    return ("By its digest of the loads, the plan was fitted to none of these windows.",)
 
 
 def _scenarios(comparison: Comparison) -> tuple[Table, ...]:

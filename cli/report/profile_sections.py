@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from eplb.cli.report.load_sections import MOST_COLUMNS, map_height, range_label
 from eplb.cli.report.loads import buckets_of
+from eplb.cli.report.maps import MOST_COLUMNS, map_height, range_label, sharing
 from eplb.cli.report.options import heat_map
 from eplb.cli.report.values import Fact, Legend, Picture, Section, Table
 from eplb.cli.show import percent, rows
@@ -47,15 +47,13 @@ def experts_section(profile: LoadProfile) -> Section:
     load_LE = profile.mean_load_LE()
     relative_LE = load_LE / load_LE.mean(axis=1, keepdims=True)
     shown_LB, ranges = buckets_of(relative_LE, MOST_COLUMNS)
-    whole = len(ranges) == relative_LE.shape[1]
     top = float(max(2.0, np.ceil(np.quantile(relative_LE, 0.995))))
     picture = Picture(
         key="experts",
         title=f"The hottest expert has {relative_LE.max():.1f} times the mean",
         caption=(
             "Load of each logical expert over the mean of its layer, each window counting alike."
-            + ("" if whole else f" {relative_LE.shape[1]} experts share {len(ranges)} columns, "
-               "each showing its hottest.")  # fmt: skip
+            + sharing("experts", relative_LE.shape[1], len(ranges))
         ),
         label=(
             f"Heat map of {profile.num_layers} layers by {profile.num_experts} experts: loads from "
@@ -71,9 +69,10 @@ def experts_section(profile: LoadProfile) -> Section:
         ),
         height_px=map_height(profile.num_layers),
         legend=Legend(
-            palette="count", marks=("0", f"{top / 2:.1f}", f"{top:.1f} and more"),
+            palette="count",
+            marks=("0", f"{top / 2:.1f}", f"{top:.1f}+"),
             name="load of an expert / mean of its layer",
-        ),  # fmt: skip
+        ),
     )
     return Section(
         key="experts",

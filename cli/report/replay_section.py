@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from eplb.arrays import FloatArray
-from eplb.cli.report.load_sections import range_label
 from eplb.cli.report.loads import buckets_of
+from eplb.cli.report.maps import range_label
 from eplb.cli.report.options import Line, bars, lines
 from eplb.cli.report.values import Picture, Section, Table
 from eplb.cli.report.window_sections import MOST_POINTS
@@ -58,15 +58,15 @@ def replay_log(document: Any, name: str) -> ReplayLog:
             (_count(entry["step"]), _count(entry["moved_experts"])) for entry in document["replans"]
         )
         policy = document["policy"]
-        if not isinstance(policy, str) or imbalance.ndim != 1 or not len(imbalance):
-            raise ValueError
-        if not np.isfinite(imbalance).all():
-            raise ValueError
+        known = isinstance(policy, str) and imbalance.ndim == 1 and len(imbalance) > 0
+        known = known and bool(np.isfinite(imbalance).all())
     except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
         raise InvalidInput(
             f"{name} is not what eplb replay --json prints (an object with policy, replans and "
             "imbalance); run it again and keep its output"
-        ) from None
+        )
     return ReplayLog(policy=policy, imbalance_W=imbalance, replans=replans)
 
 
@@ -112,11 +112,16 @@ def replay_section(logs: Sequence[ReplayLog]) -> Section:
         title="Policies",
         head=("policy", "imbalance, mean", "p95", "experts moved", "decisions that moved"),
         rows=tuple(
-            (name, ratio(log.imbalance_W.mean()), ratio(float(np.percentile(log.imbalance_W, 95))),
-             f"{sum(m for _, m in log.replans):,}", str(sum(m > 0 for _, m in log.replans)))
+            (
+                name,
+                ratio(log.imbalance_W.mean()),
+                ratio(float(np.percentile(log.imbalance_W, 95))),
+                f"{sum(m for _, m in log.replans):,}",
+                str(sum(m > 0 for _, m in log.replans)),
+            )
             for name, log in zip(names, logs, strict=True)
         ),
-    )  # fmt: skip
+    )
     shortened = len(longest) < max(len(log.imbalance_W) for log in logs)
     over_time = Picture(
         key="replay",
@@ -127,9 +132,9 @@ def replay_section(logs: Sequence[ReplayLog]) -> Section:
             + (" Neighbouring steps share a point, which shows their largest." if shortened else "")
         ),
         label="; ".join(
-            f"{name}: mean {log.imbalance_W.mean():.3f}" for name, log in zip(names, logs,
-                                                                          strict=True)
-        ),  # fmt: skip
+            f"{name}: mean {log.imbalance_W.mean():.3f}"
+            for name, log in zip(names, logs, strict=True)
+        ),
         option=option,
         table=Table(title="By step", head=("policy", "step", "imbalance"), rows=tuple(rows)),
     )

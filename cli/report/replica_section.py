@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from eplb.arrays import FloatArray, IntArray
-from eplb.cli.report.load_sections import MOST_COLUMNS, map_height, range_label
 from eplb.cli.report.loads import Comparison, buckets_of
+from eplb.cli.report.maps import MOST_COLUMNS, map_height, range_label, sharing
 from eplb.cli.report.options import heat_map
 from eplb.cli.report.values import Legend, Picture, Section, Table
 from eplb.cli.show import percent, plural
@@ -29,13 +29,12 @@ def replicas_section(comparison: Comparison) -> Section:
     slots_LS = plan.placement.of_layers(ids)
     count_LE = replica_count(slots_LS, plan.model.num_experts)
     shown_LB, ranges = buckets_of(count_LE.astype(float), MOST_COLUMNS)
-    whole = len(ranges) == count_LE.shape[1]
     most = int(count_LE.max())
     nodes_LE = _nodes_of_experts(slots_LS, plan.model.num_experts, topology.num_nodes)
     load_LE = comparison.shown_profile.mean_load_LE()
     part_LE = np.zeros(count_LE.shape)
-    part_LE[[ids.index(i) for i in comparison.shown_profile.layer_ids]] = (
-        load_LE / load_LE.sum(axis=1, keepdims=True)
+    part_LE[[ids.index(i) for i in comparison.shown_profile.layer_ids]] = load_LE / load_LE.sum(
+        axis=1, keepdims=True
     )
     replicated = count_LE > 1
     spread = float(nodes_LE[replicated].mean()) if replicated.any() else 1.0
@@ -46,8 +45,7 @@ def replicas_section(comparison: Comparison) -> Section:
         caption=(
             "Slots of each logical expert. Replicated experts lie on "
             f"{spread:.2f} of {plural(topology.num_nodes, 'node')}, on average."
-            + ("" if whole else f" {count_LE.shape[1]} experts share {len(ranges)} columns, each "
-               "showing its most replicated.")  # fmt: skip
+            + sharing("experts", count_LE.shape[1], len(ranges))
         ),
         label=(
             f"Heat map of replica counts, {len(ids)} layers by {count_LE.shape[1]} experts: 1 to "
@@ -68,9 +66,7 @@ def replicas_section(comparison: Comparison) -> Section:
             head=("layer", "expert", "part of the load", "replicas", "on ranks"),
             rows=_most_replicated(ids, slots_LS, count_LE, part_LE, topology.slots_per_rank),
         ),
-        legend=Legend(
-            palette="count", marks=("1", str(max(most, 2))), name="slots of an expert"
-        ),
+        legend=Legend(palette="count", marks=("1", str(max(most, 2))), name="slots of an expert"),
     )
     return Section(
         key="replicas",

@@ -5,18 +5,20 @@ Shape letters: T tokens, L layers, K top-k, N nodes.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
-from eplb.cli.report.load_sections import map_height
 from eplb.cli.report.loads import Comparison, Side
+from eplb.cli.report.maps import half_span, legend_around_one, map_height
 from eplb.cli.report.options import heat_map
-from eplb.cli.report.values import Legend, Picture, Section, Table
+from eplb.cli.report.values import Picture, Section, Table
 from eplb.cli.show import percent, ratio
 from eplb.receive import receive_tokens
+from eplb.slots import Placement
 from eplb.traffic import node_traffic, receive_node_tokens
 
 __all__ = ["traffic_section"]
@@ -25,9 +27,7 @@ __all__ = ["traffic_section"]
 MOST_TOKENS = 4096
 
 
-def traffic_section(
-    comparison: Comparison, topk_TLK: NDArray[Any] | None = None
-) -> Section | None:
+def traffic_section(comparison: Comparison, topk_TLK: NDArray[Any] | None = None) -> Section | None:
     """Return the traffic between nodes; None where there is one node on both sides.
 
     Raises
@@ -44,9 +44,11 @@ def traffic_section(
     )
     notes = [
         "Rows are token-expert pairs. A token with several experts on a node crosses to it once, "
-        + ("which the table counts on sampled routings."
-           if topk_TLK is not None
-           else "which only token routings tell: give --routings.")  # fmt: skip
+        + (
+            "which the table counts on sampled routings."
+            if topk_TLK is not None
+            else "which only token routings tell: give --routings."
+        )
     ]
     tables = () if topk_TLK is None else (_tokens(comparison, topk_TLK),)
     if any(side.plan.split == "batch" for side in sides):
@@ -57,9 +59,9 @@ def traffic_section(
             "not from whom: there is no traffic to show.",
         )
     traffic = [_traffic(comparison, side) for side in sides]
-    top = float(max(t.max() * t.shape[0] ** 2 for t in traffic))
+    half = half_span([t * t.shape[0] ** 2 for t in traffic])
     pictures = tuple(
-        _map(comparison, side, traffic_NN, max(top, 1.2))
+        _map(comparison, side, traffic_NN, half)
         for side, traffic_NN in zip(sides, traffic, strict=True)
     )
     return Section(
@@ -76,13 +78,14 @@ def traffic_section(
 def _traffic(comparison: Comparison, side: Side) -> FloatArray:
     profile = comparison.shown_profile
     return node_traffic(
-        profile.mean_load_LE(), _of_layers(side, profile.layer_ids), side.plan.topology,
+        profile.mean_load_LE(),
+        _of_layers(side, profile.layer_ids),
+        side.plan.topology,
         side.plan.split,
-    )  # fmt: skip
+    )
 
 
-def _of_layers(side: Side, layer_ids: tuple[int, ...]) -> Any:
-    from dataclasses import replace  # noqa: PLC0415
+def _of_layers(side: Side, layer_ids: tuple[int, ...]) -> Placement:
 
     placement = side.plan.placement
     rows = placement.rows(layer_ids)
@@ -95,7 +98,7 @@ def _of_layers(side: Side, layer_ids: tuple[int, ...]) -> Any:
     )
 
 
-def _map(comparison: Comparison, side: Side, traffic_NN: FloatArray, top: float) -> Picture:
+def _map(comparison: Comparison, side: Side, traffic_NN: FloatArray, half: float) -> Picture:
     num_nodes = len(traffic_NN)
     which = "before" if side is comparison.before else "after"
     stays = float(np.trace(traffic_NN))
@@ -116,23 +119,24 @@ def _map(comparison: Comparison, side: Side, traffic_NN: FloatArray, top: float)
             x=("to node", nodes),
             y=("from node", nodes),
             value_name="traffic / even part",
-            palette="count",
-            span=(0.0, top),
+            palette="loads",
+            span=(1 - half, 1 + half),
         ),
         height_px=map_height(max(num_nodes, 12)),
         table=Table(
             title="By node",
             head=("node", "receives", "of it from itself", "sends away"),
             rows=tuple(
-                (str(n), percent(received_N[n]),
-                 percent(traffic_NN[n, n] / received_N[n]) if received_N[n] else "",
-                 percent(sent_N[n] - traffic_NN[n, n]))
+                (
+                    str(n),
+                    percent(received_N[n]),
+                    percent(traffic_NN[n, n] / received_N[n]) if received_N[n] else "",
+                    percent(sent_N[n] - traffic_NN[n, n]),
+                )
                 for n in range(num_nodes)
-            ),  # fmt: skip
+            ),
         ),
-        legend=Legend(
-            palette="count", marks=("0", f"{top:.2f}"), name="traffic / even part"
-        ),
+        legend=legend_around_one(half, "even", "traffic / even part"),
     )
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
-from eplb.cli.report.load_sections import map_height, range_label
 from eplb.cli.report.loads import Comparison, buckets_of, chance_drift, drift_from
+from eplb.cli.report.maps import map_height, range_label, sharing
 from eplb.cli.report.options import Line, heat_map, lines
 from eplb.cli.report.values import Legend, Picture, Section, Table
 from eplb.cli.show import percent, ratio
@@ -30,14 +30,13 @@ def windows_section(comparison: Comparison) -> Section | None:
     before_W, after_W = comparison.before.step_W(), comparison.after.step_W()
     worst = int(np.nanargmax(after_W))
     (before_B, ranges), (after_B, _) = (buckets_of(v, MOST_POINTS) for v in (before_W, after_W))
-    whole = len(ranges) == profile.num_windows
     steps = Picture(
         key="windows",
         title=f"Window {worst} is the worst, at {after_W[worst]:.3f}",
         caption=(
             "Imbalance of each window, mean over layers: what a step costs."
             + _fitted_note(comparison)
-            + ("" if whole else _shared("points", profile.num_windows, len(ranges)))
+            + sharing("windows", profile.num_windows, len(ranges), "points")
         ),
         label=(
             f"Imbalance over {profile.num_windows} windows: {comparison.before.name} "
@@ -60,10 +59,15 @@ def windows_section(comparison: Comparison) -> Section | None:
             title="By window",
             head=("window", "scenario", "phase", comparison.before.name, comparison.after.name),
             rows=tuple(
-                (range_label(r), profile.scenario_W[r[0]], profile.phase_W[r[0]], ratio(b),
-                 ratio(a))
+                (
+                    range_label(r),
+                    profile.scenario_W[r[0]],
+                    profile.phase_W[r[0]],
+                    ratio(b),
+                    ratio(a),
+                )
                 for r, b, a in zip(ranges, before_B, after_B, strict=True)
-            ),  # fmt: skip
+            ),
         ),
     )
     return Section(
@@ -81,7 +85,6 @@ def _layers_over_windows(comparison: Comparison) -> Picture:
     ids = comparison.profile.layer_ids
     ratio_LW = comparison.after.imbalance_WL.T
     shown_LB, ranges = buckets_of(ratio_LW, MOST_COLUMNS)
-    whole = len(ranges) == ratio_LW.shape[1]
     top = float(np.ceil(np.nanquantile(ratio_LW, 0.995) * 20) / 20)
     top = max(top, 1.1)
     worst_L = np.nanmax(ratio_LW, axis=1)
@@ -90,7 +93,7 @@ def _layers_over_windows(comparison: Comparison) -> Picture:
         title="Where and when the plan is out of balance",
         caption=(
             "Imbalance of this plan, layers x windows."
-            + ("" if whole else _shared("columns", ratio_LW.shape[1], len(ranges)))
+            + sharing("windows", ratio_LW.shape[1], len(ranges))
         ),
         label=(
             f"Heat map of imbalance, {len(ids)} layers by {ratio_LW.shape[1]} windows: from "
@@ -114,9 +117,10 @@ def _layers_over_windows(comparison: Comparison) -> Picture:
             ),
         ),
         legend=Legend(
-            palette="cost", marks=("1", f"{(1 + top) / 2:.2f}", f"{top:.2f} and more"),
+            palette="cost",
+            marks=("1", f"{(1 + top) / 2:.2f}", f"{top:.2f}+"),
             name="imbalance",
-        ),  # fmt: skip
+        ),
     )
 
 
@@ -139,7 +143,6 @@ def drift_section(
     reference_LE = _mean_load(profile, reference)
     drift_W, chance_W = drift_from(profile, reference_LE), chance_drift(profile, reference_LE)
     (drift_B, ranges), (chance_B, _) = (buckets_of(v, MOST_POINTS) for v in (drift_W, chance_W))
-    whole = len(ranges) == profile.num_windows
     beyond = float(np.nanmean(np.maximum(drift_W - chance_W, 0)))
     picture = Picture(
         key="drift",
@@ -148,7 +151,7 @@ def drift_section(
             f"Part of a window's load that falls on other experts than in {what}, mean over "
             "layers. The dotted line is what chance alone would make of windows of this size, if "
             "every row chose its expert by itself."
-            + ("" if whole else _shared("points", profile.num_windows, len(ranges)))
+            + sharing("windows", profile.num_windows, len(ranges), "points")
         ),
         label=(
             f"Drift over {profile.num_windows} windows from {drift_W.min():.1%} to "
@@ -191,10 +194,7 @@ def shaded(chosen_W: NDArray[np.bool_]) -> list[tuple[float, float]]:
     """Return the stretches of consecutive chosen windows, as places on the axis of windows."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen_W, [False]]).astype(int)))
     last = len(chosen_W) - 1
-    return [
-        (float(a), float(min(b, last)))
-        for a, b in zip(edges[::2], edges[1::2], strict=True)
-    ]
+    return [(float(a), float(min(b, last))) for a, b in zip(edges[::2], edges[1::2], strict=True)]
 
 
 def _mean_load(profile: LoadProfile, chosen_W: NDArray[np.bool_]) -> FloatArray:
@@ -207,7 +207,3 @@ def _mean_load(profile: LoadProfile, chosen_W: NDArray[np.bool_]) -> FloatArray:
 
 def _fitted_note(comparison: Comparison) -> str:
     return " The plan was fitted to the shaded windows." if comparison.has_both else ""
-
-
-def _shared(places: str, num_windows: int, num_places: int) -> str:
-    return f" {num_windows} windows share {num_places} {places}, each showing its largest."

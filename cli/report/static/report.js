@@ -98,7 +98,7 @@
 
   function draw() {
     for (const [key, { option }] of Object.entries(pictures)) {
-      const place = document.getElementById(key);
+      const place = document.getElementById(`picture-${key}`);
       const heat = option.series.some((series) => series.rows);
       const chart = charts.get(key) ??
         echarts.init(place, null, { renderer: heat ? "canvas" : "svg", devicePixelRatio: Math.max(2, window.devicePixelRatio) });
