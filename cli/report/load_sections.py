@@ -88,12 +88,11 @@ def _rank_map(comparison: Comparison, side: Side, load_LR: FloatArray, half: flo
 def _rank_notes(comparison: Comparison) -> tuple[str, ...]:
     if comparison.shown_profile.num_windows == 1:
         return ()
-    return (
-        (
-            "A rank that is hot in one window and cool in the next is near the mean here: "
-            "imbalance below is averaged window by window, and is larger than what these colours show."
-        ),
+    note = (
+        "A rank that is hot in one window and cool in the next is near the mean here: imbalance "
+        "below is averaged window by window, and is larger than what these colours show."
     )
+    return (note,)
 
 
 def layers_section(comparison: Comparison) -> Section:

@@ -129,7 +129,7 @@ def lines(
         drawn[0]["markArea"] = {
             "silent": True,
             "itemStyle": {"color": "$fitted"},
-            "label": {"show": bool(band_name), "position": "insideBottomLeft"},
+            "label": {"show": bool(band_name), "position": "insideTopLeft"},
             "data": [[{"xAxis": a, "name": band_name}, {"xAxis": b}] for a, b in bands],
         }
     if drawn and len(marks):

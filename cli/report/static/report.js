@@ -105,6 +105,7 @@
       charts.set(key, chart);
       chart.resize();
       chart.setOption(complete(option, place.clientWidth), { notMerge: true });
+      if (printing) chart.getZr().flush();
     }
   }
 
@@ -158,9 +159,14 @@
   let waiting = 0;
   window.addEventListener("resize", () => {
     cancelAnimationFrame(waiting);
-    waiting = requestAnimationFrame(draw);
+    if (!printing) waiting = requestAnimationFrame(draw);
   });
-  const print = (on) => { printing = on; draw(); };
+  // Drawn at the width of paper before the printer looks: it does not wait for frames.
+  const print = (on) => {
+    printing = on;
+    document.documentElement.classList.toggle("printing", on);
+    draw();
+  };
   window.addEventListener("beforeprint", () => print(true));
   window.addEventListener("afterprint", () => print(false));
 })();
