@@ -31,10 +31,10 @@ benchmark: $(VENV)/.tested
 	$(BIN)/python benchmarks/run.py
 
 clean:
-	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-plan.yaml
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-plan.yaml demo-report.html
 
 # The editable install links single files, so a folder that changes asks for it again.
-FOLDERS := eplb eplb/engines cli placement profiles profiles/data runtime runtime/requests
+FOLDERS := eplb eplb/engines cli cli/report cli/report/static cli/report/templates placement profiles profiles/data runtime runtime/requests
 EDITABLE := install -q -c constraints.txt -e . --config-settings editable_mode=strict
 
 $(VENV)/bin/pip:

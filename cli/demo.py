@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import click
 
 from eplb.cli.options import as_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from eplb.arrays import FloatArray
+    from eplb.metrics import Balance
 
 __all__ = ["command"]
 
@@ -19,8 +26,17 @@ FIT_PART = 2 / 3
 @click.option(
     "-o", "--output", type=click.Path(), default="demo-plan.yaml", show_default=True, metavar="PLAN"
 )
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(),
+    default="demo-report.html",
+    show_default=True,
+    metavar="FILE.html",
+    help="Where the plan's report goes.",
+)
 @as_json
-def command(output: str, json_: bool) -> None:
+def command(output: str, report_path: str, json_: bool) -> None:
     """Plan the built-in sample on DeepSeek's prefill unit, and score it on unseen windows.
 
     The sample is the routing of a small mixture-of-experts model under a drifting mix of text. The
@@ -28,7 +44,9 @@ def command(output: str, json_: bool) -> None:
     """
     from dataclasses import replace
 
-    from eplb.cli.plan import make_plan, plan_report, show_plan
+    from eplb.cli.plan import make_plan, plan_report, show_plan, show_report
+    from eplb.cli.report.command import write_page
+    from eplb.cli.report.make import plan_page
     from eplb.cli.show import progress
     from eplb.files import check_writable
     from eplb.metrics import evaluate
@@ -41,6 +59,7 @@ def command(output: str, json_: bool) -> None:
     from eplb.topology import topology_preset
 
     check_writable(output)
+    check_writable(report_path)
     with progress("planning the sample"):
         sample = sample_profile()
         num_fitted = round(FIT_PART * sample.num_windows)
@@ -58,7 +77,7 @@ def command(output: str, json_: bool) -> None:
         source = f"sample.npz, windows 0:{num_fitted}"
         problem = Problem(profile=replace(fitted, source=source), model=model, topology=topology)
         solution = solve(problem)
-        plan = make_plan(problem, solution, output)
+        plan = make_plan(problem, solution, output, [unseen.num_windows])
         start = initial_placement(sample.layer_ids, sample.num_experts, topology.num_slots)
         before = evaluate(unseen, start, topology, problem.split)
         after = evaluate(unseen, plan.placement, topology, problem.split)
@@ -67,9 +86,12 @@ def command(output: str, json_: bool) -> None:
             receive_tokens(routings, placement, topology, problem.split)
             for placement in (start, plan.placement)
         )
+        page = plan_page(plan, output, [replace(sample, source="sample.npz")], topk_TLK=routings)
+        write_page(page, report_path)
     if json_:
         report = {
             **plan_report(plan, solution, output),
+            "report": report_path,
             "unseen": {"before": before.to_dict(), "after": after.to_dict()},
             "max_receive_tokens_mean": {
                 "before": float(tokens_before_LR.max(axis=1).mean()),
@@ -84,36 +106,43 @@ def command(output: str, json_: bool) -> None:
     show_plan(problem, solution, plan, output)
     out = show.console()
     out.print()
-    grid = show.table(
-        f"on the {unseen.num_windows} windows it was not fitted to", "before", "after"
+    out.print(
+        _unseen_table(
+            unseen.num_windows,
+            (before, after),
+            (tokens_before_LR, tokens_after_LR),
+            len(routings),
+        )
     )
+    out.print()
+    show_report(report_path)
+    out.print("Next: [bold]eplb profile show[/] and [bold]eplb plan[/] on a recording of your own.")
+
+
+def _unseen_table(
+    num_windows: int,
+    balances: tuple[Balance, Balance],
+    tokens_LR: tuple[FloatArray, FloatArray],
+    num_tokens: int,
+) -> Table:
+    """Return the figures before and after, of loads and of sampled tokens."""
+    from eplb.cli import show
+
+    grid = show.table(f"on the {num_windows} windows it was not fitted to", "before", "after")
+    for name, figure, number in (
+        ("imbalance, mean", "imbalance_mean", show.ratio),
+        ("imbalance, p95 of windows", "imbalance_p95", show.ratio),
+        ("max dispatch receive, rows", "max_receive_rows_mean", show.rows),
+    ):
+        grid.add_row(name, *(number(getattr(balance, figure)) for balance in balances))
     grid.add_row(
-        "imbalance, mean", show.ratio(before.imbalance_mean), show.ratio(after.imbalance_mean)
-    )
-    grid.add_row(
-        "imbalance, p95 of windows",
-        show.ratio(before.imbalance_p95),
-        show.ratio(after.imbalance_p95),
-    )
-    grid.add_row(
-        "max dispatch receive, rows",
-        show.rows(before.max_receive_rows_mean),
-        show.rows(after.max_receive_rows_mean),
-    )
-    grid.add_row(
-        f"max dispatch receive, tokens (of {show.rows(len(routings))} sampled)",
-        show.rows(tokens_before_LR.max(axis=1).mean()),
-        show.rows(tokens_after_LR.max(axis=1).mean()),
+        f"max dispatch receive, tokens (of {show.rows(num_tokens)} sampled)",
+        *(show.rows(received_LR.max(axis=1).mean()) for received_LR in tokens_LR),
     )
     # Neighbours in id are of one group, which a token chooses several experts of: spread for
     # balance, they are on more ranks.
     grid.add_row(
         "ranks a token is sent to",
-        *(
-            f"{t.sum(axis=1).mean() / len(routings):.2f}"
-            for t in (tokens_before_LR, tokens_after_LR)
-        ),
+        *(f"{received_LR.sum(axis=1).mean() / num_tokens:.2f}" for received_LR in tokens_LR),
     )
-    out.print(grid)
-    out.print()
-    out.print("Next: [bold]eplb profile show[/] and [bold]eplb plan[/] on a recording of your own.")
+    return grid

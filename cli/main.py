@@ -29,6 +29,7 @@ COMMANDS = {
     "repair": "eplb.cli.repair",
     "replan": "eplb.cli.replan",
     "replay": "eplb.cli.replay",
+    "report": "eplb.cli.report.command",
     "requests": "eplb.cli.requests",
     "resize": "eplb.cli.resize",
     "versions": "eplb.cli.versions",

@@ -35,9 +35,17 @@ from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
 from eplb.topology_file import is_topology_file, read_topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-__all__ = ["command", "make_plan", "model_of", "show_plan", "show_unseen", "topology_of"]
+__all__ = [
+    "command",
+    "make_plan",
+    "model_of",
+    "show_plan",
+    "show_report",
+    "show_unseen",
+    "topology_of",
+]
 
 
 @click.command("plan")
@@ -118,10 +126,18 @@ __all__ = ["command", "make_plan", "model_of", "show_plan", "show_unseen", "topo
 @windows_option
 @phase_option
 @click.option("-o", "--output", type=click.Path(), required=True, metavar="PLAN")
+@click.option(
+    "--report",
+    "report_path",
+    type=click.Path(),
+    metavar="FILE.html",
+    help="Write the plan's report too, as eplb report does.",
+)
 @as_json
 def command(
     profiles: tuple[str, ...],
     output: str,
+    report_path: str | None,
     json_: bool,
     windows: Any,
     phase: str | None,
@@ -143,9 +159,11 @@ def command(
 
     _check_effort(options)
     check_writable(output)
+    if report_path is not None:
+        check_writable(report_path)
     topology = topology_of(options)
     with progress("reading profiles"):
-        parts = read_parts(profiles, windows, phase)
+        parts = whole = read_parts(profiles, windows, phase)
         unseen = None
         if holdout is not None:
             parts, kept_out = split_holdout(parts, holdout)
@@ -172,9 +190,18 @@ def command(
     compiles = options["solver"] != "greedy"
     with progress("solving" + (" (the first search on a machine compiles)" if compiles else "")):
         solution = solve(problem, options["solver"], effort)
-    plan = make_plan(problem, solution, output)
+    kept_out_windows = [a.num_windows - b.num_windows for a, b in zip(whole, parts, strict=True)]
+    plan = make_plan(problem, solution, output, kept_out_windows)
+    if report_path is not None:
+        from eplb.cli.report.command import write_page
+        from eplb.cli.report.make import plan_page
+
+        with progress("drawing the report"):
+            write_page(plan_page(plan, output, whole), report_path)
     if json_:
         report = plan_report(plan, solution, output)
+        if report_path is not None:
+            report["report"] = report_path
         if unseen is not None:
             balance = evaluate(unseen, plan.placement, topology, plan.split)
             report["holdout"] = {"windows": unseen.num_windows, **balance.to_dict()}
@@ -183,6 +210,8 @@ def command(
     show_plan(problem, solution, plan, output)
     if unseen is not None:
         show_unseen(problem, plan, unseen)
+    if report_path is not None:
+        show_report(report_path)
 
 
 def _check_effort(options: dict[str, Any]) -> None:
@@ -297,8 +326,14 @@ def _recorded_count(profile: LoadProfile, key: str) -> int | None:
     return value if type(value) is int and 0 < value <= profile.num_experts else None
 
 
-def make_plan(problem: Problem, solution: Solution, output: str) -> Plan:
-    """Assemble a plan, have it checked independently, and write it."""
+def make_plan(
+    problem: Problem, solution: Solution, output: str, kept_out_windows: Sequence[int] = ()
+) -> Plan:
+    """Assemble a plan, have it checked independently, and write it.
+
+    ``kept_out_windows`` are those at the end of each profile that the plan was not fitted to; they
+    are recorded, for a report to tell them apart.
+    """
     from eplb.check import check_plan
     from eplb.plan_file import write_plan
 
@@ -334,6 +369,7 @@ def make_plan(problem: Problem, solution: Solution, output: str) -> Plan:
             "profile": problem.profile.source,
             "profile_windows": problem.profile.num_windows,
             "profile_sha256": problem.profile.sha256(),
+            **({"holdout_windows": list(kept_out_windows)} if any(kept_out_windows) else {}),
             "versions": {
                 "eplb-toolkit": __version__,
                 "numpy": np.__version__,
@@ -473,3 +509,10 @@ def show_unseen(problem: Problem, plan: Plan, unseen: LoadProfile) -> None:
     out = show.console()
     out.print()
     out.print(grid)
+
+
+def show_report(path: str) -> None:
+    """Print where the report is."""
+    from eplb.cli import show
+
+    show.console().print(f"Report written: {show.name(path)}")

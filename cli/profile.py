@@ -31,8 +31,17 @@ for _command in (merge_command, drift_command, scenarios_command, watch_command)
 @command.command("show")
 @profile_arguments
 @windows_option
+@click.option(
+    "--html",
+    "html_path",
+    type=click.Path(),
+    metavar="FILE.html",
+    help="Write pictures too: loads of experts, drift, scenarios.",
+)
 @as_json
-def show_command(profiles: tuple[str, ...], windows: Any, json_: bool) -> None:
+def show_command(
+    profiles: tuple[str, ...], windows: Any, html_path: str | None, json_: bool
+) -> None:
     """Print what profiles hold: shape, skew of each layer, hottest experts, drift.
 
     \b
@@ -40,10 +49,19 @@ def show_command(profiles: tuple[str, ...], windows: Any, json_: bool) -> None:
     eplb profile show monday.npz sunday.npz
     """
     from eplb.cli.show import progress
+    from eplb.files import check_writable
     from eplb.profiles import summarise
 
+    if html_path is not None:
+        check_writable(html_path)
     with progress("reading profiles"):
-        summary = summarise(read_windows(profiles, windows))
+        profile = read_windows(profiles, windows)
+        summary = summarise(profile)
+    if html_path is not None:
+        from eplb.cli.report.command import write_page
+        from eplb.cli.report.make import profile_page
+
+        write_page(profile_page(profile), html_path)
     if json_:
         click.echo(json.dumps(summary.to_dict()))
     else:

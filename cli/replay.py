@@ -55,6 +55,13 @@ __all__ = ["command"]
 @click.option("--split", type=Name("split rule", SPLIT_RULES), default="even", show_default=True)
 @click.option("--time-limit", type=Seconds(), metavar="SECONDS", help="Of each search.")
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option(
+    "--html",
+    "html_path",
+    type=click.Path(),
+    metavar="FILE.html",
+    help="Write pictures: imbalance and moves over time, drift of the stream.",
+)
 @windows_option
 @phase_option
 @as_json
@@ -66,6 +73,7 @@ def command(
     fit_steps: int,
     max_share: float,
     plans: str | None,
+    html_path: str | None,
     windows: Any,
     phase: str | None,
     json_: bool,
@@ -79,11 +87,14 @@ def command(
     """
     from eplb.cli import show
     from eplb.cli.plan import model_of, topology_of
+    from eplb.files import check_writable
     from eplb.placement.solve import Effort
     from eplb.plan import Plan
     from eplb.plan_file import write_plan
     from eplb.problem import Problem
 
+    if html_path is not None:
+        check_writable(html_path)
     topology = topology_of(options)
     profile = read_windows((profile_path,), windows, phase)
     model = model_of(profile, {**options, "groups": None, "hierarchical": False})
@@ -118,6 +129,12 @@ def command(
         ],
         "imbalance": result.imbalance_W.tolist(),
     }
+    if html_path is not None:
+        from eplb.cli.report.command import write_page
+        from eplb.cli.report.make import replay_page
+        from eplb.cli.report.replay_section import replay_log
+
+        write_page(replay_page([replay_log(report, "replay")], profile), html_path)
     if json_:
         click.echo(json.dumps(report))
         return

@@ -7,7 +7,7 @@ Shape letters: W windows, L layers, E logical experts, S slots, R ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from eplb.topology import Topology
 __all__ = [
     "CVAR_TAIL",
     "Balance",
+    "balance_of",
     "evaluate",
     "imbalance",
     "rank_load",
@@ -209,20 +210,38 @@ def evaluate(profile: LoadProfile, placement: Placement, topology: Topology, spl
         As :func:`rank_load`.
     """
     load_WLR = rank_load(profile, placement, topology, split)
+    return balance_of(load_WLR, topology, profile.layer_ids, profile.scenario_W)
+
+
+def balance_of(
+    load_WLR: FloatArray, topology: Topology, layer_ids: Sequence[int], scenario_W: Sequence[str]
+) -> Balance:
+    """Return the figures of rank loads, for who needs the loads too.
+
+    Parameters
+    ----------
+    load_WLR : array of float64
+        From :func:`rank_load`; at least one window with load.
+    topology : Topology
+        Whose ranks they are.
+    layer_ids, scenario_W : sequence
+        Of the layers and of the windows.
+    """
     max_WL, mean_WL = _largest_and_mean(load_WLR, topology)
     rows_WL = load_WLR.max(axis=2)
     figures = _ratio(max_WL, mean_WL), max_WL, mean_WL, rows_WL
-    scenario_W = np.array(profile.scenario_W)
+    name_W = np.array(scenario_W)
     return _balance(
         *figures,
         by_layer={
             layer_id: _balance(*(a[:, [layer]] for a in figures))
-            for layer, layer_id in enumerate(profile.layer_ids)
+            for layer, layer_id in enumerate(layer_ids)
+            if max_WL[:, layer].any()
         },
         by_scenario={
-            name: _balance(*(a[scenario_W == name] for a in figures))
-            for name in profile.scenarios
-            if max_WL[scenario_W == name].any()
+            name: _balance(*(a[name_W == name] for a in figures))
+            for name in dict.fromkeys(scenario_W)
+            if max_WL[name_W == name].any()
         },
     )
 

@@ -65,5 +65,12 @@ def test_the_wheel_has_one_top_level(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"eplb"}
-    for shipped in ("eplb/py.typed", "eplb/profiles/data/sample.npz", "eplb/cli/main.py"):
+    for shipped in (
+        "eplb/py.typed",
+        "eplb/profiles/data/sample.npz",
+        "eplb/cli/main.py",
+        "eplb/cli/report/static/echarts.min.js",
+        "eplb/cli/report/static/echarts.LICENSE",
+        "eplb/cli/report/templates/page.html.j2",
+    ):
         assert shipped in names

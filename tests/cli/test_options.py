@@ -17,7 +17,7 @@ DEPLOYMENT = (
     "--utilisation",
 )
 OPTIONS = {
-    "demo": {"--json", "--output", "-o"},
+    "demo": {"--json", "--output", "--report", "-o"},
     "diff": {"OLD", "NEW", "--expert-bytes", "--json", "--spare-slots", "--topology"},
     "evaluate": {
         "PLAN",
@@ -56,6 +56,7 @@ OPTIONS = {
         "--previous",
         "--ranks-per-node",
         "--recorded-only",
+        "--report",
         "--seed",
         "--shared-ranks",
         "--slots-per-rank",
@@ -115,6 +116,7 @@ OPTIONS = {
         "PROFILE",
         "--every",
         "--fit-steps",
+        "--html",
         "--json",
         "--max-share",
         "--model",
@@ -130,6 +132,20 @@ OPTIONS = {
         "--topology",
         "--warmup",
         "--windows",
+    },
+    "report": {
+        "PLAN",
+        "PROFILE...",
+        "--json",
+        "--output",
+        "--phase",
+        "--previous",
+        "--replan",
+        "--replay",
+        "--routings",
+        "--windows",
+        "--without-quality",
+        "-o",
     },
     "profile convert": {
         "PROFILE...",
@@ -158,7 +174,7 @@ OPTIONS = {
         "--windows",
         "-o",
     },
-    "profile show": {"PROFILE...", "--json", "--windows"},
+    "profile show": {"PROFILE...", "--html", "--json", "--windows"},
     "profile watch": {"FILE", "--interval", "--once"},
     "requests compare": {"TRACE", "--json", "--policies", "--seeds", *DEPLOYMENT},
     "requests replay": {
