@@ -18,6 +18,9 @@ from eplb.load_profile import LoadProfile
 from eplb.model import MoEModel
 from eplb.placement.bound import layer_bounds
 from eplb.placement.greedy import place_greedy
+from eplb.placement.migration import find_migration
+from eplb.placement.repair import repair as repair_plan
+from eplb.placement.schedule import schedule_moves
 from eplb.placement.windows import scaled_windows, window_weights
 from eplb.plan import Plan, Quality
 from eplb.problem import Problem
@@ -136,6 +139,28 @@ def engine_policy(size: str, severity: str, policy: str) -> Callable[[], Any]:
     )
     request = replace(first, load_LE=after, current_LS=place(first))
     return lambda: place(request)
+
+
+@register(size=("ep32", "ep144"), severity=("drift",))
+def schedule(size: str, severity: str) -> Callable[[], Any]:
+    """Schedule the way from the greedy plan of one window to that of the next, nothing matched."""
+    dims = SIZES[size]
+    old, new = (
+        place_greedy(load_LE, num_slots=dims.slots, num_ranks=dims.ranks, distinct_ranks=True)[
+            0
+        ].reshape(dims.layers, dims.ranks, -1)
+        for load_LE in synthetic_counts(dims, severity, windows=2).astype(np.float32)
+    )
+    migration = find_migration(old, new)
+    return lambda: schedule_moves(migration, dims.ranks_per_node)
+
+
+@register(size=("ep32", "ep144"), severity=("skewed",))
+def repair(size: str, severity: str) -> Callable[[], Any]:
+    """Repair a plan after the loss of a rank."""
+    problem = _problem(size, severity, windows=1)
+    plan = _plan(problem)
+    return lambda: repair_plan(plan, [1], problem.profile)
 
 
 def _python(code: str, *arguments: str) -> None:

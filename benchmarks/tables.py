@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from move_tables import MOVE_TABLES
 from request_tables import REQUEST_TABLES
 from search_tables import SEARCH_TABLES
 
@@ -23,6 +24,7 @@ PAGES = (
     ROOT / "docs" / "exact.md",
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "recording.md",
+    ROOT / "docs" / "repair.md",
     ROOT / "docs" / "engines" / "vllm.md",
     ROOT / "docs" / "requests.md",
     ROOT / "docs" / "search.md",
@@ -160,6 +162,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recorder-cost": recorder_cost,
     "timings": timings,
     "vllm-policy": vllm_policy,
+    **MOVE_TABLES,
     **REQUEST_TABLES,
     **SEARCH_TABLES,
 }

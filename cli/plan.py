@@ -30,6 +30,7 @@ from eplb.placement.solve import SOLVERS, Effort, solve
 from eplb.plan import Plan, Quality
 from eplb.plan_file import read_plan
 from eplb.problem import OBJECTIVES, Problem, Solution
+from eplb.slots import EMPTY, Placement, initial_placement
 from eplb.split import SPLIT_RULES
 from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
 from eplb.topology_file import is_topology_file, read_topology
@@ -408,10 +409,10 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     """Print what the plan does: before and after, bound and gap, and what was written."""
     from eplb.cli import show
     from eplb.metrics import rank_load
-    from eplb.slots import initial_placement, replica_count
+    from eplb.slots import replica_count
 
     profile, topology, model = problem.profile, problem.topology, problem.model
-    start = initial_placement(profile.layer_ids, model.num_experts, topology.num_slots)
+    start = _engine_start(problem, profile)
     # What engines start with has no fractions of its own.
     first = "even" if problem.split == "weighted" else problem.split
     before = evaluate(profile, start, topology, first)
@@ -420,7 +421,8 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     out.print(show.profile_line(profile))
     out.print(
         f"[bold]{topology.label}[/] on {show.plural(topology.num_nodes, 'node')}: "
-        f"{topology.num_slots} slots a layer, {topology.num_slots - model.num_experts} redundant; "
+        f"{topology.num_usable_slots} slots a layer, "
+        f"{topology.num_usable_slots - model.num_experts} redundant; "
         f"split {problem.split}; {solution.solver}, "
         f"{'hierarchical' if problem.groups_in_nodes else 'global'}"
     )
@@ -478,8 +480,9 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     most = int(replica_count(plan.placement.phys_to_log_LS, model.num_experts).max())
     sizes = f"most replicas of an expert {most}"
     if model.expert_bytes is not None:
-        extra = topology.num_slots - model.num_experts
-        size = extra * model.expert_bytes * len(model.layer_ids) / topology.num_ranks
+        extra = topology.num_usable_slots - model.num_experts
+        ranks = len(topology.ranks_in_service)
+        size = extra * model.expert_bytes * len(model.layer_ids) / ranks
         sizes += f"; redundancy costs {size / 1e9:.2f} GB a rank"
     spent = solution.time_s
     time = f"{1e3 * spent:.1f} ms" if spent < 1 else f"{spent:.1f} s"
@@ -490,10 +493,9 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
 def show_unseen(problem: Problem, plan: Plan, unseen: LoadProfile) -> None:
     """Print what the plan makes of windows that it was not fitted to."""
     from eplb.cli import show
-    from eplb.slots import initial_placement
 
     topology = problem.topology
-    start = initial_placement(unseen.layer_ids, problem.model.num_experts, topology.num_slots)
+    start = _engine_start(problem, unseen)
     split = "even" if plan.split == "weighted" else plan.split
     before = evaluate(unseen, start, topology, split)
     after = evaluate(unseen, plan.placement, topology, plan.split)
@@ -516,3 +518,12 @@ def show_report(path: str) -> None:
     from eplb.cli import show
 
     show.console().print(f"Report written: {show.name(path)}")
+
+
+def _engine_start(problem: Problem, profile: LoadProfile) -> Placement:
+    """Return what engines start with, on the slots that there are."""
+    usable_S = problem.topology.has_slot_RK.reshape(-1)
+    start = initial_placement(profile.layer_ids, problem.model.num_experts, int(usable_S.sum()))
+    slots_LS = np.full((profile.num_layers, len(usable_S)), EMPTY)
+    slots_LS[:, usable_S] = start.phys_to_log_LS
+    return replace(start, phys_to_log_LS=slots_LS)

@@ -172,6 +172,11 @@ def plan_policy(plan: Plan, rows: str) -> EnginePolicy:
     A draft model of multi-token prediction asks on its own, for fewer layers: it gets those of the
     plan that come after the last decoder layer.
     """
+    if not plan.topology.is_uniform:
+        raise InvalidInput(
+            "engines know no ranks out of service, or of different slots or speed; give a plan of "
+            "the ranks in service alone"
+        )
     main, remarks = for_engine(plan.placement, plan.model, rows)
     for remark in remarks:
         logger.info("%s", remark)

@@ -124,3 +124,13 @@ def test_what_cannot_be_resized(run, loads, small):
     ):
         done = run("resize", "plan.yaml", day, *options, "--solver", "greedy", "-o", "r.yaml")
         assert (done.code, words in done.err) == (code, True), done.err
+
+
+def test_a_plan_without_a_rank_is_shown_with_what_engines_would_start_with(run, loads, tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "num_nodes: 2\nranks_per_node: 2\nslots_per_rank: 6\nranks_out_of_service: [0]\n"
+    )
+    done = run("plan", loads / "day.npz", "--topology", tmp_path / "c.yaml", "--holdout", "50%",
+               "-o", "plan.yaml")  # fmt: skip
+    assert done.code == 0, done.err
+    assert "18 slots a layer, 2 redundant" in done.out

@@ -36,7 +36,7 @@ def resized(draw):
 
 
 @given(resized(), st.none() | st.integers(0, 12), st.integers(1, 2))
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=25)
 def test_limits_hold_and_no_expert_is_missing_on_the_way(case, max_moves, spare):
     plan, profile, topology = case
     try:
