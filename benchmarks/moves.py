@@ -45,7 +45,7 @@ RANK, NODE = (17,), tuple(range(16, 24))
 # Moves beyond what is lost, as parts of all slots.
 REPAIR_PARTS = (0.0, 0.01, 0.04, 0.1)
 NIGHT = replace(UNIT, num_nodes=12, slots_per_rank=3)
-RESIZE_WITHIN = (0.0, 0.01, 0.05)
+RESIZE_WITHIN = (0.01, 0.05)
 
 
 def timed(call: Callable[[], T], runs: int = RUNS) -> tuple[T, float]:
@@ -172,7 +172,7 @@ def resizes(plan: Plan, profile: LoadProfile) -> tuple[list[Row], dict[str, Any]
             )
             print(rows[-1])
         curves[name] = results[-1].curve
-        plan = results[RESIZE_WITHIN.index(0.01)].plan
+        plan = results[0].plan
     return rows, curves
 
 

@@ -32,7 +32,7 @@ from eplb.topology import Topology
 __all__ = ["Resize", "resize"]
 
 # Parts of all slots that moves beyond filling are tried with.
-MOVE_LEVELS = (0.02, 0.05, 0.1, 0.2)
+MOVE_LEVELS = (0.02, 0.05, 0.1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
