@@ -23,8 +23,9 @@ def _markdown(head: list[str], body: list[list[str]]) -> str:
 def _measured_on(report: dict[str, Any]) -> str:
     environment = report["environment"]
     return (
-        f"\n{environment['processor']}, array {report['loads']}, seconds of transfers predicted at "
-        f"the bandwidths of `h800`, {environment['date'][:10]}.\n"
+        f"\n{environment['processor']}, two cores shared with other work; array "
+        f"{report['loads']}; seconds of transfers predicted at the bandwidths of `h800`; "
+        f"{environment['date'][:10]}.\n"
     )
 
 
@@ -41,12 +42,13 @@ def schedules() -> str:
             f"{row['rounds']} / {row['min_rounds']}",
             str(row["staging_slots"]),
             f"{row['transfer_s']:.3f} / {row['transfer_bound_s']:.3f}",
-            f"{row['schedule_ms']:.0f}",
+            f"{row['median_ms']:.0f} ({row['min_ms']:.0f})",
         ]
         for row in report["schedules"]
     ]
     head = ["new plan", "spare slots a rank", "experts moved", "GB", "change-overs",
-            "rounds / least", "staged at most", "s / busiest rank's", "ms to schedule"]  # fmt: skip
+            "rounds / least", "staged at most", "s / busiest rank's",
+            "ms to schedule, median (least)"]  # fmt: skip
     return _markdown(head, body) + _measured_on(report)
 
 
@@ -61,12 +63,12 @@ def repairs() -> str:
             f"{row['moved_experts']} ({100 * row['moved_part']:.1f}%)",
             f"{row['imbalance_mean']:.3f}",
             f"{row['imbalance_anew']:.3f}",
-            f"{row['repair_ms']:.0f}",
+            f"{row['median_ms']:.0f} ({row['min_ms']:.0f})",
         ]
         for row in report["repairs"]
     ]
     head = ["lost", "experts loaded / least", "GB", "moved besides", "imbalance", "planned anew",
-            "ms to repair"]  # fmt: skip
+            "ms to repair, median (least)"]  # fmt: skip
     return _markdown(head, body) + _measured_on(report)
 
 
