@@ -112,18 +112,6 @@ def resize(
     check_room(topology, model.num_experts)
     old_LRK = placement.phys_to_log_LS.reshape(placement.num_layers, plan.topology.num_ranks, -1)
     held_LRK = _held(old_LRK, topology)
-    start_LRK = _kept(held_LRK, topology.slots_per_rank, profile.mean_load_LE())
-    load_WLE = layer_loads(plan, profile, topology)
-    filled = refill(load_WLE, start_LRK, topology, max_fills=topology.num_slots * len(old_LRK))
-    options = [filled.restored_LRK, filled.filled_LRK]
-    if plan.split == "even":
-        options += [
-            improved(
-                filled.filled_LRK, plan, profile, topology,
-                max_moves=int(level * topology.num_usable_slots * len(old_LRK)),
-            )
-            for level in MOVE_LEVELS
-        ]  # fmt: skip
     problem = Problem(
         profile=profile,
         model=model,
@@ -132,8 +120,10 @@ def resize(
         statistic=plan.statistic,
     )
     free = solve(problem, solver, effort)
-    free_LRK = _renumbered(free.placement.phys_to_log_LS, held_LRK, topology, plan.split)
-    options.append(free_LRK)
+    options = [
+        *_few_moves(plan, problem, held_LRK),
+        _renumbered(free.placement.phys_to_log_LS, held_LRK, topology, plan.split),
+    ]
     moves_LO = np.stack([_moves(held_LRK, slots_LRK) for slots_LRK in options], axis=1)
     value_LO = np.stack(
         [_imbalances(problem, slots_LRK.reshape(len(old_LRK), -1)) for slots_LRK in options], axis=1
@@ -165,7 +155,7 @@ def resize(
             quality=None,
             provenance={"solver": "resize"},
         ),
-        migration=find_migration(old_LRK, new_LS.reshape(start_LRK.shape)),
+        migration=find_migration(old_LRK, new_LS.reshape(options[0].shape)),
         forced_moves=forced,
         free_imbalance=free.balance.imbalance_mean,
         free_moves=int(moves_LO[:, -1].sum()),
@@ -173,13 +163,34 @@ def resize(
     )
 
 
+def _few_moves(plan: Plan, problem: Problem, held_LRK: IntArray) -> list[IntArray]:
+    """Return placements near what ranks hold: the forced moves, empty slots filled, and more."""
+    profile, topology = problem.profile, problem.topology
+    start_LRK = _kept(held_LRK, topology.slots_per_rank, profile.mean_load_LE())
+    load_WLE = layer_loads(plan, profile, topology)
+    filled = refill(load_WLE, start_LRK, topology, max_fills=topology.num_slots * len(held_LRK))
+    placements = [filled.restored_LRK, filled.filled_LRK]
+    if plan.split == "even":
+        slots = topology.num_usable_slots * len(held_LRK)
+        placements += [
+            improved(filled.filled_LRK, plan, profile, topology, max_moves=int(level * slots))
+            for level in MOVE_LEVELS
+        ]
+    return placements
+
+
 def _held(old_LRK: IntArray, topology: Topology) -> IntArray:
-    """Return what the ranks of the new topology hold, shape [L, R, K]; K is that of more slots."""
+    """Return what the ranks of the new topology hold, shape [L, R, K]; K is that of more slots.
+
+    An expert that is on a rank twice counts once, as it will be there once at most.
+    """
     num_ranks = min(old_LRK.shape[1], topology.num_ranks)
     per_rank = max(topology.slots_per_rank, old_LRK.shape[2])
     held_LRK = np.full((len(old_LRK), topology.num_ranks, per_rank), EMPTY)
     held_LRK[:, :num_ranks, : old_LRK.shape[2]] = old_LRK[:, :num_ranks]
     held_LRK[:, list(topology.ranks_out_of_service)] = EMPTY
+    again_LRKK = held_LRK[..., np.newaxis] == held_LRK[:, :, np.newaxis]
+    held_LRK[(again_LRKK & np.tri(per_rank, k=-1, dtype=bool)).any(axis=3)] = EMPTY
     return held_LRK
 
 

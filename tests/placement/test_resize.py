@@ -127,6 +127,16 @@ def test_a_dead_rank_comes_back():
     assert (back.plan.placement.phys_to_log_LS.reshape(3, 12, 3)[:, 4] >= 0).any(axis=1).all()
 
 
+def test_an_expert_twice_on_a_rank_is_no_obstacle():
+    """DeepSeek's plans have that; ours have it once at most."""
+    plan, profile = example()
+    slots = plan.placement.phys_to_log_LS.copy()
+    slots[:, 35] = slots[:, 34]
+    plan = replace(plan, placement=replace(plan.placement, phys_to_log_LS=slots))
+    found = resize(plan, profile, replace(plan.topology, num_nodes=5), solver="greedy")
+    check_plan(found.plan, distinct_ranks=True)
+
+
 def test_what_cannot_be_resized():
     plan, profile = example()
     with pytest.raises(InfeasibleProblem, match="--slots-per-rank 12"):
