@@ -27,7 +27,7 @@ from eplb.plan import Plan
 from eplb.slots import EMPTY, replica_count
 from eplb.topology import Topology
 
-__all__ = ["Repair", "repair"]
+__all__ = ["Repair", "improved", "new_fractions", "repair"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
