@@ -57,7 +57,7 @@ ONE_LOAD = "decode_in1000out1000"
 # FlashLB at the depth and width that its authors' defaults reach their best with, its z for 75%.
 FLASHLB_Z, FLASHLB_DEPTH, FLASHLB_WIDTH = 0.674, 4, 8
 FIT_STEPS, NEXT_STEPS, STEP_LAYERS = 120, 240, 4
-FOLDS, SEEDS, STATISTIC_SEEDS = 6, 2, 5
+FOLDS, SEEDS, STEP_SEEDS, STATISTIC_SEEDS = 6, 2, 3, 5
 
 
 class Peers:
@@ -251,10 +251,8 @@ def steps(recordings: list[str], peers: Peers) -> list[Row]:
                     add(name, [placement_of(slots, fitted)])
                 problem = problem_of(fitted, unit, split=split)
                 efforts = {"search": Effort(), "search, recorded only": Effort(extend=False)}
-                if unit == "EP32x9":
-                    efforts["search, 4 times the sweeps"] = Effort(sweeps=4000)
                 for name, effort in efforts.items():
-                    seeds = range(SEEDS if unit == "EP32x9" and not effort.sweeps else 1)
+                    seeds = range(STEP_SEEDS if unit == "EP32x9" else 1)
                     add(name, [_seeded(problem, effort, seed).placement for seed in seeds])
     return rows
 

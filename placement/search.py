@@ -38,9 +38,9 @@ from eplb.slots import Placement
 __all__ = ["DEFAULT_SWEEPS", "SearchResult", "search"]
 
 # Sweeps a layer without a time limit; each is as many proposals as there are slots.
-DEFAULT_SWEEPS = 1000
+DEFAULT_SWEEPS = 4000
 # Relaxing splits makes a proposal under `batch` dearer by an order of magnitude.
-BATCH_SWEEPS_PART = 0.12
+BATCH_SWEEPS_PART = 0.06
 
 # The first part of a budget brings the start down to where annealing makes sense; temperatures
 # follow from the excess over balance that is left then.
@@ -50,6 +50,9 @@ _FIRST_TEMPERATURE, _FALL, _LEAST_TEMPERATURE = 0.01, 30.0, 1e-4
 _DOUBLINGS = (5, 6, 7)
 _BATCH_DOUBLINGS = (4, 5, 6)
 _CHUNKS = 30
+
+# The part of a time limit in which the windows to fit may be refined.
+_WINDOWS_PART = 0.1
 
 # Rounds of new window weights for `worst` and `cvar`, and the part of the budget they take.
 _ROUNDS, _ROUNDS_PART = 20, 0.2
@@ -159,7 +162,11 @@ def search(
     profile = problem.profile if used_W.all() else replace_windows(problem.profile, used_W)
     recorded_WLE = scaled_windows(profile, num_ranks)
     windows = fit_windows(
-        profile, num_ranks, extend=extend and problem.statistic == "mean", seed=seed
+        profile,
+        num_ranks,
+        extend=extend and problem.statistic == "mean",
+        seed=seed,
+        time_limit_s=None if time_limit_s is None else _WINDOWS_PART * time_limit_s,
     )
     candidates = [_layouts(start, problem) for start in starts]
     start = candidates[0]

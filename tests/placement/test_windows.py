@@ -107,6 +107,13 @@ def test_mixes_are_more_extreme_than_what_was_recorded():
     assert max(part_of_kind[80:]) > max(part_of_kind[:80])
 
 
+def test_without_time_there_are_mixes_all_the_same():
+    profile = steps(60)
+    hurried = fit_windows(profile, 4, extend=True, seed=7, time_limit_s=0.0)
+    assert hurried.notes == fit_windows(profile, 4, extend=True, seed=7).notes
+    assert hurried.load_WLE.sum(axis=2) == pytest.approx(4)
+
+
 @settings(max_examples=10)
 @given(st.integers(MAX_WINDOWS + 1, 400), st.integers(0, 5))
 def test_windows_kept_stand_for_all(num_windows, seed):
