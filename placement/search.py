@@ -50,6 +50,9 @@ _FIRST_TEMPERATURE, _FALL, _LEAST_TEMPERATURE = 0.01, 30.0, 1e-4
 _DOUBLINGS = (5, 6, 7)
 _BATCH_DOUBLINGS = (4, 5, 6)
 _CHUNKS = 30
+_ROUNDING = 1e-9
+# How much better a free search has to fit under `batch` than a ring does.
+_RING_MARGIN = 1e-3
 
 # The part of a time limit in which the windows to fit may be refined.
 _WINDOWS_PART = 0.1
@@ -347,13 +350,12 @@ def _improve_layer(layer: Layer, start: _Layout, split: str, budget: _Budget) ->
         ring = ring_placement(mean_E, len(start.slot_RK), slots_per_rank)
     if ring is None:
         return _anneal(layer, start, split, budget, fixed=False)[0]
-    # The ring keeps its shape, from the start anything goes; what fits better is kept.
+    # The ring keeps its shape, from the start anything goes. Of two that fit alike the ring is
+    # kept: its shape holds on loads that are not fitted, too.
     ring_layout = _Layout(slot_RK=ring, share_RK=np.zeros(ring.shape))
-    found = [
-        _anneal(layer, ring_layout, split, budget.part(0.7), fixed=True),
-        _anneal(layer, start, split, budget.part(0.3), fixed=False),
-    ]
-    return min(found, key=lambda result: result[1])[0]
+    in_ring, in_ring_value = _anneal(layer, ring_layout, split, budget.part(0.7), fixed=True)
+    free, free_value = _anneal(layer, start, split, budget.part(0.3), fixed=False)
+    return free if free_value < in_ring_value - _RING_MARGIN else in_ring
 
 
 def _anneal(
@@ -482,11 +484,14 @@ def _capped(weight_W: FloatArray, cap: float) -> FloatArray:
 def _better_layers(
     split: str, load_WLE: FloatArray, ours: list[_Layout], theirs: list[_Layout]
 ) -> list[_Layout]:
-    """Return of each layer the layout whose imbalance is lower in the mean; ours if equal."""
+    """Return of each layer the layout whose imbalance is lower in the mean; ours if equal.
+
+    Where perfect balance is within reach both may have it, up to rounding.
+    """
     mean_L, other_L = (
         np.nanmean(_ratios(load_WLE, side, split), axis=0) for side in (ours, theirs)
     )
-    better_L = mean_L <= other_L
+    better_L = mean_L <= other_L + _ROUNDING
     return [a if better else b for a, b, better in zip(ours, theirs, better_L, strict=True)]
 
 
