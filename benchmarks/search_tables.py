@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "search.json"
+UNSEEN = RESULTS.with_name("unseen.json")
 
 
 def _rows(part: str) -> list[dict[str, Any]]:
@@ -97,6 +98,22 @@ def statistics() -> str:
     return _markdown(head, body)
 
 
+def unseen() -> str:
+    """Return what each choice of the search's windows is worth on steps that were not fitted."""
+    rows = json.loads(UNSEEN.read_text())["results"]["variants"]
+    body = [
+        [
+            row["variant"],
+            *(f"{figure:.4f}" for figure in (row["mean"], *row["by_recording"])),
+            f"{row['difference']:+.4f}" if number else "",
+            f"{row['standard_error']:.4f}" if number else "",
+        ]
+        for number, row in enumerate(rows)
+    ]
+    head = ["", "mean", "drift_a", "shift_a", "difference", "standard error"]
+    return _markdown(head, body)
+
+
 def measured_on() -> str:
     """Return on what it was measured."""
     found = json.loads(RESULTS.read_text())["environment"]
@@ -113,4 +130,5 @@ SEARCH_TABLES: dict[str, Callable[[], str]] = {
     "search-nearest": nearest,
     "search-one-load": one_load,
     "search-statistics": statistics,
+    "search-unseen": unseen,
 }
