@@ -8,7 +8,7 @@ held-back windows (see docs/search.md) is to add loads that the recording makes 
   covered by the scenarios themselves; what lies just outside is not.
 - many windows (steps): the windows are taken for mixes of a few kinds of traffic, whose loads are
   found by non-negative factorization, and mixes of these in other proportions are added. Several
-  factorizations from different starts share the work, since each one errs in its own way.
+  factorizations from different starts share the work.
 
 Shape letters: W windows, L layers, E logical experts, F factors.
 """
