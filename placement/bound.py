@@ -160,11 +160,15 @@ def _bounds_in_unit(
     )
     if even and paired and slots_per_rank == 2:
         # Numba takes a second to import, and only pairs need it.
-        from eplb.placement.pair_bound import pair_bounds  # noqa: PLC0415
+        from eplb.placement.pair_bound import QUICK, THOROUGH, pair_bounds  # noqa: PLC0415
 
         high_X = relative_X * 1.5 if reached_X is None else reached_X[used] / mean_X
         relative_X = pair_bounds(
-            load_XE[used] / mean_X[:, np.newaxis], num_ranks, relative_X, high_X
+            load_XE[used] / mean_X[:, np.newaxis],
+            num_ranks,
+            relative_X,
+            high_X,
+            QUICK if reached_X is None else THOROUGH,
         )
     bound_X[used] = relative_X * mean_X
     return bound_X

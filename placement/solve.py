@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -37,8 +38,9 @@ OPTIMAL_GAP = 1e-9
 START_BLENDS = (0.0, 0.5, 1.0)
 # Time of `exact` without a limit, and the part of it that goes into the placement to start from.
 EXACT_LIMIT_S, EXACT_SEARCH_PART = 60.0, 0.1
-# Counts that the search of pairs looks at for each layer, and about the time of one.
-PAIR_EVALUATIONS, PAIR_EVALUATION_S = 16_000, 6e-6
+# The search of pairs looks at counts in rounds, as long as time allows (a round takes 10 ms a layer).
+# Most of a time limit is theirs, since annealing does not improve on pairs.
+PAIR_EVALUATIONS, PAIR_ROUNDS, PAIR_PART = 4_000, 16, 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +265,7 @@ def _is_pairs(problem: Problem) -> bool:
     """Tell whether every rank holds two slots of one window, which :mod:`.pairs` is made for."""
     return (
         problem.topology.slots_per_rank == 2
-        and problem.split == "even"
+        and problem.split in ("even", "nearest")
         and problem.profile.num_windows == 1
         and not problem.groups_in_nodes
     )
@@ -276,17 +278,39 @@ def _pair_slots(problem: Problem, effort: Effort) -> IntArray:
     num_ranks = problem.topology.num_ranks
     load_LE = scaled_windows(problem.profile, num_ranks)[0]
     num_threads = len(os.sched_getaffinity(0))
-    evaluations = PAIR_EVALUATIONS
+    layer_s = math.inf
     if effort.time_limit_s is not None:
-        # Half of the time that a search without the limit would take at most.
-        spent_s = PAIR_EVALUATION_S * -(-len(load_LE) // num_threads)
-        evaluations = min(evaluations, max(int(0.5 * effort.time_limit_s / spent_s), 1))
+        layer_s = PAIR_PART * effort.time_limit_s / -(-len(load_LE) // num_threads)
 
     def one(load_E: FloatArray) -> IntArray:
-        return search_pairs(load_E, num_ranks, evaluations=evaluations, seed=effort.seed)
+        end_s = time.perf_counter() + layer_s
+        row_S = search_pairs(load_E, num_ranks, evaluations=PAIR_EVALUATIONS, seed=effort.seed)
+        for number in range(1, PAIR_ROUNDS):
+            if time.perf_counter() >= end_s:
+                break
+            row_S = search_pairs(
+                load_E,
+                num_ranks,
+                start_E=np.bincount(row_S[row_S >= 0]),
+                evaluations=PAIR_EVALUATIONS,
+                seed=effort.seed + number,
+            )
+        return row_S
 
     with ThreadPoolExecutor(num_threads) as threads:
         return np.stack(list(threads.map(one, load_LE)))
+
+
+def _over_nodes(problem: Problem, placement: Placement) -> Placement:
+    """Return a placement whose ranks are in nodes that suit ``nearest``, if they are free to be."""
+    from eplb.placement.node_spread import spread_over_nodes  # noqa: PLC0415
+
+    load_LE = problem.profile.mean_load_LE()
+    rows = [
+        spread_over_nodes(row_S, load_E, problem.topology)
+        for row_S, load_E in zip(placement.phys_to_log_LS, load_LE, strict=True)
+    ]
+    return _placement(problem, np.stack(rows))
 
 
 def _with_fractions(problem: Problem, placement: Placement) -> Placement:
@@ -319,6 +343,8 @@ def _search(problem: Problem, effort: Effort) -> Answer:
             starts.append(_with_fractions(problem, starts[0]))
         if _is_pairs(problem):
             starts.append(_placement(problem, _pair_slots(problem, effort)))
+        if problem.split == "nearest" and not problem.groups_in_nodes:
+            starts.extend([_over_nodes(problem, start) for start in starts])
     found = search(
         problem,
         starts,
