@@ -139,14 +139,13 @@ def solve_layer(
         )[0]
     )
     stop_reason = "finished"
+    if low < best * (1 - PROOF_GAP) and split in ("weighted", "batch"):
+        rows, low = _components(weight_W @ load_WE, topology, low, best)
+        for row in rows:
+            reached = _objective(load_WE, weight_W, row, topology, split)
+            if reached < best:
+                best_S, best = row, reached
     if low < best * (1 - PROOF_GAP):
-        if split in ("weighted", "batch") and num_experts <= _COMPONENT_EXPERTS:
-            # Numba takes a second to import.
-            from eplb.placement.component_bound import component_bound  # noqa: PLC0415
-
-            low = component_bound(
-                weight_W @ load_WE, topology.num_ranks, topology.slots_per_rank, low, best
-            )
         rows, bound, stop_reason = _search(
             load_WE, weight_W, topology, split, best_S, best, low, end_s, seed, workers
         )
@@ -169,6 +168,30 @@ def solve_layer(
         proven=proven,
         stop_reason="finished" if proven else stop_reason,
     )
+
+
+def _components(
+    load_E: FloatArray, topology: Topology, low: float, best: float
+) -> tuple[list[IntArray], float]:
+    """Return placements that are good for one load under a free split, and a bound for any."""
+    # Numba takes a second to import.
+    from eplb.placement.component_bound import component_bound  # noqa: PLC0415
+    from eplb.placement.components import place_groups, place_in_components  # noqa: PLC0415
+
+    num_ranks, slots_per_rank = topology.num_ranks, topology.slots_per_rank
+    row, fraction_S = place_in_components(load_E, num_ranks, slots_per_rank)
+    rows = [row]
+    num_experts = len(load_E)
+    # All experts in one component is possible, and says no more than the mean.
+    several = num_experts - 1 > num_ranks * (slots_per_rank - 1)
+    if several and num_experts <= _COMPONENT_EXPERTS:
+        reached = fraction_objective(load_E[np.newaxis], np.ones(1), row, fraction_S, num_ranks)
+        low, group_E = component_bound(
+            load_E, num_ranks, slots_per_rank, low, min(best, reached)
+        )
+        if group_E is not None:
+            rows.append(place_groups(load_E, group_E, num_ranks, slots_per_rank)[0])
+    return rows, low
 
 
 def _search(

@@ -301,6 +301,22 @@ def _pair_slots(problem: Problem, effort: Effort) -> IntArray:
         return np.stack(list(threads.map(one, load_LE)))
 
 
+def _in_components(problem: Problem, effort: Effort) -> Placement:
+    """Return a placement that is best, or nearly so, for the mean load under a free split."""
+    from eplb.placement.components import place_in_components  # noqa: PLC0415
+
+    topology = problem.topology
+    placed = [
+        place_in_components(load_E, topology.num_ranks, topology.slots_per_rank, seed=effort.seed)
+        for load_E in problem.profile.mean_load_LE()
+    ]
+    slots_LS, fraction_LS = (np.stack(part) for part in zip(*placed, strict=True))
+    return replace(
+        _placement(problem, slots_LS),
+        split_weights_LS=fraction_LS if problem.split == "weighted" else None,
+    )
+
+
 def _over_nodes(problem: Problem, placement: Placement) -> Placement:
     """Return a placement whose ranks are in nodes that suit ``nearest``, if they are free to be."""
     from eplb.placement.node_spread import spread_over_nodes  # noqa: PLC0415
@@ -341,6 +357,8 @@ def _search(problem: Problem, effort: Effort) -> Answer:
         starts = [_placement(problem, _greedy_slots(problem, blend)) for blend in blends]
         if problem.split == "weighted":
             starts.append(_with_fractions(problem, starts[0]))
+        if problem.split in ("weighted", "batch") and not problem.groups_in_nodes:
+            starts.append(_in_components(problem, effort))
         if _is_pairs(problem):
             starts.append(_placement(problem, _pair_slots(problem, effort)))
         if problem.split == "nearest" and not problem.groups_in_nodes:
