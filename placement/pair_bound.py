@@ -16,7 +16,7 @@ from numba import njit
 
 from eplb.arrays import FloatArray, IntArray
 
-__all__ = ["QUICK", "THOROUGH", "pair_bounds"]
+__all__ = ["QUICK", "THOROUGH", "pair_bounds", "prices_refute"]
 
 # Sizes with a price, and steps in which prices are looked for: about 5 ms a layer of 256 experts on
 # 144 ranks, 0.8% below what was reached, or 60 ms and 0.3% (the linear relaxation itself: 0.2%).
@@ -82,6 +82,34 @@ def _refuted(
     first_E, count_O, large_O, small_O = _options(
         load_E, least_E, spare, num_ranks, target, num_sizes
     )
+    return prices_refute(
+        first_E, count_O, large_O, small_O, num_slots, log_weight_X, iterations
+    )
+
+
+@njit(cache=True, nogil=True)
+def prices_refute(
+    first_E: IntArray,
+    count_O: IntArray,
+    large_O: IntArray,
+    small_O: IntArray,
+    num_slots: int,
+    log_weight_X: FloatArray,
+    iterations: int,
+) -> bool:
+    """Return whether prices are found under which no options fit into the slots.
+
+    Parameters
+    ----------
+    first_E : array of int64
+        Where the options of each expert begin, and at last their number.
+    count_O, large_O, small_O : arrays of int64
+        Of each option: replicas, sizes where they are large, sizes where they are small.
+    num_slots, iterations : int
+    log_weight_X : array of float64
+        Logarithms of the prices to start from, changed in place.
+    """
+    num_sizes = len(log_weight_X) - 1
     # Size number 0 is above all loads: its price is that of a slot.
     at_or_below_X = np.zeros(num_sizes + 1)
     for iteration in range(iterations):
@@ -92,7 +120,7 @@ def _refuted(
         # Differences from one size to the next, of the slots needed by what is cheapest.
         change_X = np.zeros(num_sizes + 2)
         total, slots = 0.0, 0
-        for e in range(len(load_E)):
+        for e in range(len(first_E) - 1):
             cost, o = np.inf, 0
             for option in range(first_E[e], first_E[e + 1]):
                 price = count_O[option] * (

@@ -136,14 +136,14 @@ def solve(problem: Problem, solver: str = "greedy", effort: Effort | None = None
     weight_WL = window_weights(load_WLE)
     if not problem.topology.is_uniform:
         return _unproven(problem, answer, balance, solver, effort, time_s)
-    # The bound of pairs takes a compiler, which greedy does without.
+    # These bounds take a compiler, which greedy does without.
     bounds = partial(
         layer_bounds,
         load_WLE,
         num_ranks=problem.topology.num_ranks,
         slots_per_rank=problem.topology.slots_per_rank,
         split=problem.split,
-        pairs=solver != "greedy",
+        thorough=solver != "greedy",
     )
     weight_L = weight_WL.sum(axis=0)
     bound_L = bounds(weight_WL / weight_L, reached_L=imbalance_L)
