@@ -19,6 +19,8 @@ Shape letters: W windows, L layers, E experts, R ranks, K slots of a rank.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -198,20 +200,35 @@ def _bounds_in_unit(
         even=even,
         reached_L=None if reached_X is None else reached_X[used] / mean_X,
     )
-    if even and paired and slots_per_rank == 2:
-        # Numba takes a second to import, and only pairs need it.
-        from eplb.placement.pair_bound import QUICK, THOROUGH, pair_bounds  # noqa: PLC0415
-
+    if paired and slots_per_rank == 2 and (even or reached_X is not None):
+        scaled_XE = load_XE[used] / mean_X[:, np.newaxis]
         high_X = relative_X * 1.5 if reached_X is None else reached_X[used] / mean_X
-        relative_X = pair_bounds(
-            load_XE[used] / mean_X[:, np.newaxis],
-            num_ranks,
-            relative_X,
-            high_X,
-            QUICK if reached_X is None else THOROUGH,
-        )
+        relative_X = _paired(scaled_XE, num_ranks, even, relative_X, high_X, reached_X is None)
     bound_X[used] = relative_X * mean_X
     return bound_X
+
+
+def _paired(
+    load_XE: FloatArray,
+    num_ranks: int,
+    even: bool,
+    low_X: FloatArray,
+    high_X: FloatArray,
+    quick: bool,
+) -> FloatArray:
+    """Return the bounds by prices for two slots a rank, of each row."""
+    # Numba takes a second to import, and only pairs need it.
+    from eplb.placement.pair_bound import QUICK, THOROUGH, pair_bound  # noqa: PLC0415
+    from eplb.placement.piece_bound import piece_bound  # noqa: PLC0415
+
+    def one(load_E: FloatArray, low: float, high: float) -> float:
+        if even:
+            return float(pair_bound(load_E, num_ranks, low, high, QUICK if quick else THOROUGH))
+        return float(piece_bound(load_E, num_ranks, low, high))
+
+    # The kernels leave the interpreter's lock.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        return np.array(list(threads.map(one, load_XE, low_X, high_X)))
 
 
 def load_bound(

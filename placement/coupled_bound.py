@@ -55,7 +55,7 @@ def coupled_bound(
     paired : bool
         The split is even, and a rank has two slots: search prices as well.
     effort : tuple of int
-        Of the prices, as for :func:`eplb.placement.pair_bound.pair_bounds`.
+        Of the prices, as for :func:`eplb.placement.pair_bound.pair_bound`.
     """
     num_sizes, iterations = effort
     log_weight_X = np.zeros(num_sizes + 1)

@@ -122,7 +122,9 @@ def solve_layer(
             f"{topology.num_slots} slots cannot hold {num_experts} experts; use more slots a rank"
         )
     end_s = None if time_limit_s is None else time.perf_counter() + time_limit_s
-    if split == "nearest" and topology.num_nodes == 1:
+    has_fractions = split == "weighted"
+    if topology.num_slots == num_experts or (split == "nearest" and topology.num_nodes == 1):
+        # Where no expert has replicas all rules are one.
         split = "even"
     load_WE = np.ascontiguousarray(load_WE, np.float64)
     if start_S is None:
@@ -155,7 +157,7 @@ def solve_layer(
             if reached < best:
                 best_S, best = row, reached
     fraction_S = None
-    if split == "weighted":
+    if has_fractions:
         fraction_S, _ = best_fractions(load_WE, weight_W, best_S, topology.num_ranks)
         best = fraction_objective(load_WE, weight_W, best_S, fraction_S, topology.num_ranks)
     low = min(low, best)

@@ -6,7 +6,7 @@ a rank have v + u <= T, so together they cost at most 2; all of them cost at mos
 the cheapest replica counts cost more, T is out of reach. Any prices that add up to at most 1 give
 a valid bound; here multiplicative weights look for those that refute most (the dual of the linear
 relaxation of :func:`eplb.placement.pairs.counts_within`).
-Importing this module costs numba. Shape letters: L layers, E logical experts, X sizes.
+Importing this module costs numba. Shape letters: E logical experts, X sizes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numba import njit
 
 from eplb.arrays import FloatArray, IntArray
 
-__all__ = ["QUICK", "THOROUGH", "pair_bounds", "prices_refute"]
+__all__ = ["QUICK", "THOROUGH", "pair_bound", "prices_refute"]
 
 # Sizes with a price, and steps in which prices are looked for: about 5 ms a layer of 256 experts on
 # 144 ranks, 0.8% below what was reached, or 60 ms and 0.3% (the linear relaxation itself: 0.2%).
@@ -30,39 +30,31 @@ _SETTLING = 30
 
 
 @njit(cache=True, nogil=True)
-def pair_bounds(
-    load_LE: FloatArray,
-    num_ranks: int,
-    low_L: FloatArray,
-    high_L: FloatArray,
-    effort: tuple[int, int],
-) -> FloatArray:
-    """Return the bounds on the largest rank load, shape [L], between ``low_L`` and ``high_L``.
+def pair_bound(
+    load_E: FloatArray, num_ranks: int, low: float, high: float, effort: tuple[int, int]
+) -> float:
+    """Return a bound on the largest rank load of one window, between ``low`` and ``high``.
 
     Parameters
     ----------
-    load_LE : array of float64
+    load_E : array of float64
     num_ranks : int
-    low_L, high_L : arrays of float64
-        Bounds known before, and what was reached: no bound is looked for above it.
+    low, high : float
+        A bound known before, and what was reached: no bound is looked for above it.
     effort : tuple of int
         ``QUICK`` or ``THOROUGH``.
     """
     num_sizes, iterations = effort
-    bound_L = low_L.copy()
-    for layer in range(len(load_LE)):
-        low, high = low_L[layer], high_L[layer]
-        target = high
-        # From one target to the next the best prices change little.
-        log_weight_X = np.zeros(num_sizes + 1)
-        while high > low * (1.0 + _PRECISION):
-            if _refuted(load_LE[layer], num_ranks, target, log_weight_X, iterations):
-                low = target
-            else:
-                high = target
-            target = 0.5 * (low + high)
-        bound_L[layer] = low
-    return bound_L
+    target = high
+    # From one target to the next the best prices change little.
+    log_weight_X = np.zeros(num_sizes + 1)
+    while high > low * (1.0 + _PRECISION):
+        if _refuted(load_E, num_ranks, target, log_weight_X, iterations):
+            low = target
+        else:
+            high = target
+        target = 0.5 * (low + high)
+    return low
 
 
 @njit(cache=True, nogil=True)
