@@ -18,9 +18,13 @@ from run import environment
 
 import eplb
 from eplb.arrays import FloatArray
+from eplb.load_profile import LoadProfile
+from eplb.model import MoEModel
 from eplb.placement.bound import weighted_bounds
-from eplb.placement.exact import EXACT_RULES, solve_layer
 from eplb.placement.pairs import search_pairs, solve_pairs
+from eplb.placement.solve import Effort, solve
+from eplb.problem import Problem, Solution
+from eplb.split import SPLIT_RULES
 from eplb.topology import Topology
 
 # (experts, nodes, ranks of a node, slots of a rank)
@@ -89,52 +93,59 @@ def largest(load_E: FloatArray, row: Any) -> float:
 
 
 def small(load_WLE: FloatArray, time_limit_s: float, repeats: int) -> list[dict[str, Any]]:
-    """Solve layers of few experts under every rule, for one window and for all."""
+    """Plan layers of few experts under every rule, for one window and for all."""
     results = []
-    for split in EXACT_RULES:
+    for split in SPLIT_RULES:
         # Compile first.
-        solve_layer(
-            np.array([[3.0, 2, 2, 1]]),
-            np.ones(1),
-            topology=Topology(num_nodes=2, ranks_per_node=1, slots_per_rank=3),
-            split=split,
-        )
+        prove(np.array([[3.0, 2, 2, 1], [1, 2, 2, 3]]), (4, 2, 1, 3), split, 1.0)
         for num_windows in (1, len(load_WLE)):
-            for num_experts, nodes, per_node, slots in SMALL:
+            for case in SMALL:
+                num_experts, nodes = case[:2]
                 random = np.random.default_rng(0)
-                topology = Topology(num_nodes=nodes, ranks_per_node=per_node, slots_per_rank=slots)
                 layers, spent = [], []
                 for _ in range(repeats):
                     layer = random.integers(load_WLE.shape[1])
                     chosen = random.choice(load_WLE.shape[2], num_experts, replace=False)
-                    load_WE = scaled(load_WLE[:num_windows, layer, chosen], topology.num_ranks)
                     start = time.perf_counter()
                     layers.append(
-                        solve_layer(
-                            load_WE, np.full(num_windows, 1 / num_windows), topology=topology,
-                            split=split, time_limit_s=time_limit_s, workers=2,
-                        )
-                    )  # fmt: skip
+                        prove(load_WLE[:num_windows, layer, chosen], case, split, time_limit_s)
+                    )
                     spent.append(time.perf_counter() - start)
                 row: dict[str, Any] = {
                     "split": split,
                     "windows": num_windows,
                     "experts": num_experts,
                     "nodes": nodes,
-                    "deployment": topology.label,
+                    "deployment": f"EP{nodes * case[2]}x{case[3]}",
                     "layers": repeats,
-                    "proven": sum(layer.proven for layer in layers),
-                    "gap_worst": max(layer.objective / layer.bound - 1 for layer in layers),
+                    "proven": sum(layer.stop_reason == "proven" for layer in layers),
+                    "gap_worst": max(layer.gap for layer in layers),
                     "s_median": float(np.median(spent)),
                     "s_worst": float(np.max(spent)),
                 }
                 results.append(row)
                 print(
                     f"{split:9} {num_windows} windows, {num_experts} experts, {nodes} nodes, "
-                    f"{topology.label:6} {row['proven']} of {repeats} proven, worst gap "
-                    f"{100 * row['gap_worst']:.3f}%, {row['s_median']:.1f} s"
+                    f"{row['deployment']:6} {row['proven']} of {repeats} proven, worst gap "
+                    f"{100 * row['gap_worst']:.3f}%, {row['s_median']:.1f} s",
+                    flush=True,
                 )
     return results
+
+
+def prove(
+    load_WE: FloatArray, case: tuple[int, int, int, int], split: str, time_limit_s: float
+) -> Solution:
+    """Plan one layer as ``eplb plan --solver exact`` does."""
+    profile = LoadProfile.from_counts(load_WE[:, np.newaxis])
+    experts, nodes, per_node, slots = case
+    problem = Problem(
+        profile=profile,
+        model=MoEModel(name="part", num_experts=experts, layer_ids=profile.layer_ids),
+        topology=Topology(num_nodes=nodes, ranks_per_node=per_node, slots_per_rank=slots),
+        split=split,
+    )
+    return solve(problem, "exact", Effort(time_limit_s=time_limit_s))
 
 
 def main() -> None:

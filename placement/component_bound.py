@@ -57,9 +57,7 @@ def component_bound(
 
 
 @njit(cache=True, nogil=True)
-def _best_groups(
-    load_E: FloatArray, slots_per_rank: int, target: float
-) -> tuple[int, IntArray]:
+def _best_groups(load_E: FloatArray, slots_per_rank: int, target: float) -> tuple[int, IntArray]:
     """Return the fewest ranks over all groupings of the experts, and each expert's group."""
     num_sets = 1 << len(load_E)
     own: IntArray = np.zeros(num_sets, np.int64)

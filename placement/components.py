@@ -1,4 +1,4 @@
-"""Placements for splits that are free (``weighted``, ``batch``), from how slots join ranks together.
+"""Placements for splits that are free (``weighted``, ``batch``), by how slots join ranks together.
 
 Experts and ranks with an edge for each replica make a graph, and load moves freely within a
 connected component. One of r ranks with K slots each can hold n <= (K-1) r + 1 experts, and any
@@ -166,73 +166,27 @@ def _group_experts(
 def _improve(
     load_E: FloatArray, group_E: IntArray, ranks_B: IntArray, whole: int, steps: int, seed: int
 ) -> IntArray:
-    """Return a better division: tabu search over changes of the costliest component.
-
-    Two experts change places, or, with two slots a rank, one expert leaves with a rank.
-    """
+    """Return a better division: tabu search over changes of the costliest component."""
     np.random.seed(seed)  # noqa: NPY002 (numba has this generator only)
-    num_experts, num_groups = len(load_E), len(ranks_B)
     group_E, ranks_B = group_E.copy(), ranks_B.copy()
-    load_B = np.zeros(num_groups)
-    for e in range(num_experts):
+    load_B = np.zeros(len(ranks_B))
+    for e in range(len(load_E)):
         load_B[group_E[e]] += load_E[e]
     best_E, best = group_E.copy(), (load_B / ranks_B).max()
-    barred_E = np.zeros(num_experts, np.int64)
     bound = load_E.sum() / ranks_B.sum()
+    barred_E = np.zeros(len(load_E), np.int64)
     for step in range(1, steps + 1):
-        costs_B = load_B / ranks_B
-        worst = int(np.argmax(costs_B))
-        least, out, back, to = np.inf, -1, -1, -1
-        for i in range(num_experts):
-            if group_E[i] != worst:
+        worst = int(np.argmax(load_B / ranks_B))
+        out, back, to = _best_change(
+            load_E, group_E, load_B, ranks_B, whole, worst, barred_E, step, best
+        )
+        for expert, before, after in ((out, worst, to), (back, to, worst)):
+            if expert < 0:
                 continue
-            for j in range(num_experts):
-                other = group_E[j]
-                if other == worst:
-                    continue
-                change = load_E[j] - load_E[i]
-                value = max(
-                    (load_B[worst] + change) / ranks_B[worst],
-                    (load_B[other] - change) / ranks_B[other],
-                )
-                if value < least and (max(barred_E[i], barred_E[j]) < step or value < best):
-                    least, out, back, to = value, i, j, other
-            if whole > 1:
-                continue
-            for other in range(num_groups):
-                if other == worst:
-                    continue
-                # A rank goes from here to there with an expert, or the other way round.
-                if ranks_B[worst] > 1:
-                    value = max(
-                        (load_B[worst] - load_E[i]) / (ranks_B[worst] - 1),
-                        (load_B[other] + load_E[i]) / (ranks_B[other] + 1),
-                    )
-                    if value < least and (barred_E[i] < step or value < best):
-                        least, out, back, to = value, i, -1, other
-        if whole == 1:
-            for j in range(num_experts):
-                other = group_E[j]
-                if other == worst or ranks_B[other] == 1:
-                    continue
-                value = max(
-                    (load_B[worst] + load_E[j]) / (ranks_B[worst] + 1),
-                    (load_B[other] - load_E[j]) / (ranks_B[other] - 1),
-                )
-                if value < least and (barred_E[j] < step or value < best):
-                    least, out, back, to = value, -1, j, other
-        if to < 0:
-            continue
-        if out >= 0:
-            group_E[out] = to
-            barred_E[out] = step + _BARRED + np.random.randint(_BARRED_MORE)  # noqa: NPY002
-            load_B[worst] -= load_E[out]
-            load_B[to] += load_E[out]
-        if back >= 0:
-            group_E[back] = worst
-            barred_E[back] = step + _BARRED + np.random.randint(_BARRED_MORE)  # noqa: NPY002
-            load_B[worst] += load_E[back]
-            load_B[to] -= load_E[back]
+            group_E[expert] = after
+            barred_E[expert] = step + _BARRED + np.random.randint(_BARRED_MORE)  # noqa: NPY002
+            load_B[before] -= load_E[expert]
+            load_B[after] += load_E[expert]
         moved = (back >= 0) - (out >= 0)
         ranks_B[worst] += moved
         ranks_B[to] -= moved
@@ -242,3 +196,46 @@ def _improve(
             if best <= bound * (1.0 + _ROUNDING):
                 break
     return best_E
+
+
+@njit(cache=True, nogil=True)
+def _best_change(
+    load_E: FloatArray,
+    group_E: IntArray,
+    load_B: FloatArray,
+    ranks_B: IntArray,
+    whole: int,
+    worst: int,
+    barred_E: IntArray,
+    step: int,
+    best: float,
+) -> tuple[int, int, int]:
+    """Return which expert leaves the costliest component, which one comes, and the other component.
+
+    Two experts change places, or, with two slots a rank, one (the other is -1) goes with a rank.
+    """
+    num_experts = len(load_E)
+    least, out, back, to = np.inf, -1, -1, worst
+    for i in range(-1, num_experts):
+        if i >= 0 and group_E[i] != worst:
+            continue
+        # From E on no expert comes back from this component.
+        for j in range(num_experts + len(ranks_B)):
+            comes = j < num_experts
+            other = group_E[j] if comes else j - num_experts
+            moved = comes - (i >= 0)
+            if other == worst or (i < 0 and not comes):
+                continue
+            if moved != 0 and (
+                whole > 1 or min(ranks_B[worst] + moved, ranks_B[other] - moved) < 1
+            ):
+                continue
+            change = (load_E[j] if comes else 0.0) - (load_E[i] if i >= 0 else 0.0)
+            value = max(
+                (load_B[worst] + change) / (ranks_B[worst] + moved),
+                (load_B[other] - change) / (ranks_B[other] - moved),
+            )
+            barred = (comes and barred_E[j] >= step) or (i >= 0 and barred_E[i] >= step)
+            if value < least and (not barred or value < best):
+                least, out, back, to = value, i, j if comes else -1, other
+    return out, back, to

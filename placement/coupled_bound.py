@@ -108,10 +108,10 @@ def _options(
     target: float,
     num_sizes: int,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Return where an expert's options begin, and of each: replicas, the places from which on it is
-    large, and those from which on it is small (counted from the first).
+    """Return where an expert's options begin, and of each: replicas, large places, small places.
 
-    The order is that of weighted mean loads.
+    The order is that of weighted mean loads. A replica is large for all places up to the first
+    number, and small for all up to the second.
     """
     num_windows, num_experts = load_WE.shape
     mean_E = np.zeros(num_experts)

@@ -188,9 +188,7 @@ def _components(
     several = num_experts - 1 > num_ranks * (slots_per_rank - 1)
     if several and num_experts <= _COMPONENT_EXPERTS:
         reached = fraction_objective(load_E[np.newaxis], np.ones(1), row, fraction_S, num_ranks)
-        low, group_E = component_bound(
-            load_E, num_ranks, slots_per_rank, low, min(best, reached)
-        )
+        low, group_E = component_bound(load_E, num_ranks, slots_per_rank, low, min(best, reached))
         if group_E is not None:
             rows.append(place_groups(load_E, group_E, num_ranks, slots_per_rank)[0])
     return rows, low

@@ -1,9 +1,9 @@
 """Which node each rank is in, so that an expert's replicas are on different nodes.
 
 Under ``nearest`` a source rank prefers the replicas of its own node, and two of them there get less
-each than a replica that has its node to itself. With every replica of an expert on a node of its own
+each than a replica that has its node to itself. With every replica of an expert on another node
 each receives the same part, so a placement made for ``even`` costs under ``nearest`` what it costs
-under ``even``. Ranks are alike but for their nodes; swaps of two whole ranks leave everything else.
+under ``even``. Ranks are alike but for their nodes, so two whole ranks can change places.
 Importing this module costs numba. Shape letters: E logical experts, S slots, R ranks, N nodes.
 """
 
@@ -46,7 +46,7 @@ def spread_over_nodes(phys_to_log_S: IntArray, load_E: FloatArray, topology: Top
 
 
 @njit(cache=True, nogil=True)
-def _order(shared_RR: FloatArray, per_node: int) -> IntArray:
+def _order(shared_RR: FloatArray, per_node: int) -> IntArray:  # noqa: PLR0912 (one loop)
     """Return which rank comes where, so that the ranks of a node share least."""
     num_ranks = len(shared_RR)
     order_R = np.arange(num_ranks)

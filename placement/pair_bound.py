@@ -74,9 +74,7 @@ def _refuted(
     first_E, count_O, large_O, small_O = _options(
         load_E, least_E, spare, num_ranks, target, num_sizes
     )
-    return prices_refute(
-        first_E, count_O, large_O, small_O, num_slots, log_weight_X, iterations
-    )
+    return prices_refute(first_E, count_O, large_O, small_O, num_slots, log_weight_X, iterations)
 
 
 @njit(cache=True, nogil=True)
@@ -141,10 +139,10 @@ def _options(
     target: float,
     num_sizes: int,
 ) -> tuple[IntArray, IntArray, IntArray, IntArray]:
-    """Return where an expert's options begin, and of each: replicas, sizes where they are large
-    (from 1 up to this one), and sizes where they are small.
+    """Return where an expert's options begin, and of each: replicas, large sizes, small sizes.
 
-    Sizes 1 .. X lie at T/2 + (x - 1/2) T/2X.
+    Sizes 1 .. X lie at T/2 + (x - 1/2) T/2X. A replica is large for all sizes up to the first
+    number, or small for all up to the second.
     """
     step = 0.5 * target / num_sizes
     first_E = np.zeros(len(load_E) + 1, np.int64)

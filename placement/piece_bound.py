@@ -1,10 +1,10 @@
 """A bound for free splits (``weighted``, ``batch``) with two slots a rank, in some 100 ms a layer.
 
 A rank holds two pieces of experts that add up to the target T at most, so the prices of
-:mod:`eplb.placement.pair_bound` hold for pieces: one of size v costs ``1 + large(v) - small(v)``, two
-on a rank at most 2, and all of them at most the S slots. What is new is that an expert can be cut as
-one likes: it costs what its cheapest pieces do that make up its load. A price for slots alone says
-that a load w needs w / T of them, rounded up.
+:mod:`eplb.placement.pair_bound` hold for pieces: one of size v costs ``1 + large(v) - small(v)``,
+two on a rank at most 2, and all of them at most the S slots. What is new is that an expert can be
+cut as one likes: it costs what its cheapest pieces do that make up its load. A price for slots
+alone says that a load w needs w / T of them, rounded up.
 Importing this module costs numba. Shape letters: E logical experts, X sizes, K classes of pieces,
 D units of load.
 """

@@ -292,9 +292,7 @@ def _layout(row_S: IntArray, weights_S: FloatArray | None, problem: Problem) -> 
     slot_RK = row_S.reshape(problem.topology.num_ranks, -1).astype(np.int64)
     if weights_S is None:
         rule = "nearest" if problem.split == "nearest" else "even"
-        share_LS = slot_share(
-            row_S[np.newaxis], problem.model.num_experts, problem.topology, rule
-        )
+        share_LS = slot_share(row_S[np.newaxis], problem.model.num_experts, problem.topology, rule)
         share_RK = share_LS.reshape(slot_RK.shape)
     else:
         share_RK = weights_S.reshape(slot_RK.shape).astype(np.float64)

@@ -36,10 +36,12 @@ OPTIMAL_GAP = 1e-9
 # Greedy placements that a search may start from: of mean loads, of the largest of all windows, and
 # between. A plan for loads that differ much has to have replicas of all that get hot.
 START_BLENDS = (0.0, 0.5, 1.0)
-# Time of `exact` without a limit, and the part of it that goes into the placement to start from.
+# Time of `exact` without a limit, and the part of it that goes into the placement to start from;
+# with few slots in all a fixed number of sweeps does, in a fraction of a second.
 EXACT_LIMIT_S, EXACT_SEARCH_PART = 60.0, 0.1
-# The search of pairs looks at counts in rounds, as long as time allows (a round takes 10 ms a layer).
-# Most of a time limit is theirs, since annealing does not improve on pairs.
+EXACT_FEW_SLOTS, EXACT_SWEEPS, EXACT_LEAST_S = 400, 200, 1.0
+# The search of pairs looks at counts in rounds (10 ms a layer) as long as time allows. Most of a
+# time limit is theirs, since annealing does not improve on pairs.
 PAIR_EVALUATIONS, PAIR_ROUNDS, PAIR_PART = 4_000, 16, 0.8
 
 
@@ -429,8 +431,12 @@ def _exact(problem: Problem, effort: Effort) -> Answer:
         raise InvalidInput("--solver exact knows no groups; use --solver search or greedy")
     limit_s = EXACT_LIMIT_S if effort.time_limit_s is None else effort.time_limit_s
     begin = time.perf_counter()
+    few = problem.topology.num_slots * problem.profile.num_layers <= EXACT_FEW_SLOTS
     searched = _search(
-        problem, replace(effort, time_limit_s=EXACT_SEARCH_PART * limit_s, extend=False)
+        problem,
+        replace(effort, time_limit_s=None, sweeps=EXACT_SWEEPS, extend=False)
+        if few and limit_s >= EXACT_LEAST_S
+        else replace(effort, time_limit_s=EXACT_SEARCH_PART * limit_s, extend=False),
     )
     load_WLE = scaled_windows(problem.profile, problem.topology.num_ranks)
     num_threads = len(os.sched_getaffinity(0))
