@@ -43,6 +43,8 @@ EXACT_FEW_SLOTS, EXACT_SWEEPS, EXACT_LEAST_S = 400, 200, 1.0
 # The search of pairs looks at counts in rounds (10 ms a layer) as long as time allows. Most of a
 # time limit is theirs, since annealing does not improve on pairs.
 PAIR_EVALUATIONS, PAIR_ROUNDS, PAIR_PART = 4_000, 16, 0.8
+# Steps of the search of components for each layer, about the time of one, and their part of a limit.
+COMPONENT_STEPS, COMPONENT_STEP_S, COMPONENT_PART = 3_000, 2e-5, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -308,10 +310,19 @@ def _in_components(problem: Problem, effort: Effort) -> Placement:
     from eplb.placement.components import place_in_components  # noqa: PLC0415
 
     topology = problem.topology
-    placed = [
-        place_in_components(load_E, topology.num_ranks, topology.slots_per_rank, seed=effort.seed)
-        for load_E in problem.profile.mean_load_LE()
-    ]
+    load_LE = problem.profile.mean_load_LE()
+    num_threads = len(os.sched_getaffinity(0))
+    steps = COMPONENT_STEPS
+    if effort.time_limit_s is not None:
+        spent_s = COMPONENT_STEP_S * -(-len(load_LE) // num_threads)
+        steps = min(steps, int(COMPONENT_PART * effort.time_limit_s / spent_s))
+
+    def one(load_E: FloatArray) -> tuple[IntArray, FloatArray]:
+        ranks, slots = topology.num_ranks, topology.slots_per_rank
+        return place_in_components(load_E, ranks, slots, steps=steps, seed=effort.seed)
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        placed = list(threads.map(one, load_LE))
     slots_LS, fraction_LS = (np.stack(part) for part in zip(*placed, strict=True))
     return replace(
         _placement(problem, slots_LS),
