@@ -20,6 +20,8 @@ __all__ = ["component_bound"]
 
 # The bound is this near to the best there is of its kind.
 _PRECISION = 2e-7
+# Ranks of a group that no ranks can hold.
+_NEVER = 1 << 40
 # Against rounding, in favour of "T can be reached".
 _SLACK = 1e-9
 
@@ -72,7 +74,7 @@ def _best_groups(load_E: FloatArray, slots_per_rank: int, target: float) -> tupl
         size[held] = size[rest] + 1
         own[held] = max(1, int(np.ceil(load[held] / target * (1.0 - _SLACK))))
         if size[held] > 1 and slots_per_rank == 1:
-            own[held] = num_sets
+            own[held] = _NEVER
         elif size[held] > 1:
             joints = slots_per_rank - 1
             own[held] = max(own[held], (size[held] - 1 + joints - 1) // joints)

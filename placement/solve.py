@@ -43,7 +43,7 @@ EXACT_FEW_SLOTS, EXACT_SWEEPS, EXACT_LEAST_S = 400, 200, 1.0
 # The search of pairs looks at counts in rounds (10 ms a layer) as long as time allows. Most of a
 # time limit is theirs, since annealing does not improve on pairs.
 PAIR_EVALUATIONS, PAIR_ROUNDS, PAIR_PART = 4_000, 16, 0.8
-# Steps of the search of components for each layer, about the time of one, and their part of a limit.
+# Steps of the search of components for each layer, the time of one, and their part of a limit.
 COMPONENT_STEPS, COMPONENT_STEP_S, COMPONENT_PART = 3_000, 2e-5, 0.5
 
 
