@@ -1,7 +1,7 @@
 """Prove optima and write JSON: ``python benchmarks/exact.py RECORDING [-o FILE]``.
 
 Small layers of random experts of the recording under every split rule, and with ``--pairs-array``
-two slots a rank (EP144x2, every layer of that array).
+two slots a rank (EP144x2, every layer of that array). Parts that were not run stay in the file.
 """
 
 from __future__ import annotations
@@ -76,8 +76,11 @@ def small(load_WLE: FloatArray, time_limit_s: float, repeats: int) -> list[dict[
     """Plan layers of few experts under every rule, for one window and for all."""
     results = []
     for split in SPLIT_RULES:
-        # Compile first.
-        prove(np.array([[3.0, 2, 2, 1], [1, 2, 2, 3]]), (4, 2, 1, 3), split, 1.0)
+        # Compile first: two slots a rank have kernels of their own, and so has one window.
+        for slots in (2, 3):
+            for windows in (1, 2):
+                load_WE = np.random.default_rng(0).lognormal(0, 1, (windows, 6))
+                prove(load_WE, (6, 2, 2, slots), split, 1.0)
         for num_windows in (1, len(load_WLE)):
             for case in SMALL:
                 num_experts, nodes = case[:2]
@@ -139,24 +142,35 @@ def main() -> None:
     parser.add_argument("--pairs-array", help="plan all layers of this array at EP144x2")
     parser.add_argument("--time-limit", type=float, default=10.0, help="seconds a layer")
     parser.add_argument("--pairs-time-limit", type=float, default=180.0, help="of exact, seconds")
-    parser.add_argument("--repeats", type=int, default=3, help="small layers of each kind")
+    parser.add_argument("--repeats", type=int, default=3, help="small layers of each kind, or 0")
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     with np.load(arguments.recording) as members:
         names = sorted(members)
     profiles = [eplb.read_profile(f"{arguments.recording}:{name}") for name in names]
     load_WLE = np.concatenate([profile.counts_WLE for profile in profiles]).astype(np.float64)
-    report = {
-        "environment": environment(Path(arguments.recording).name)
-        | {"load_average": os.getloadavg()[1]},
-        "time_limit_s": arguments.time_limit,
-        "small": small(load_WLE[:4], arguments.time_limit, arguments.repeats),
-    }
+    report = {}
+    if arguments.output and arguments.output.exists():
+        report = json.loads(arguments.output.read_text())
+    data = Path(arguments.recording).name
     if arguments.pairs_array:
         profile = profiles[names.index(arguments.pairs_array)]
-        report["pairs"] = two_slots(profile, arguments.pairs_time_limit)
+        rows = two_slots(profile, arguments.pairs_time_limit)
+        report["pairs"] = {"environment": shared_environment(data), "rows": rows}
+    if arguments.repeats:
+        rows = small(load_WLE[:4], arguments.time_limit, arguments.repeats)
+        report["small"] = {
+            "environment": shared_environment(data),
+            "time_limit_s": arguments.time_limit,
+            "rows": rows,
+        }
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def shared_environment(data: str) -> dict[str, Any]:
+    """Return what a figure has to be read with, the other work on the machine included."""
+    return environment(data) | {"load_average": os.getloadavg()[1]}
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def recorder_cost() -> str:
 
 def exact() -> str:
     """Return how many small layers are proven, and in what time."""
-    report = json.loads((RESULTS / "exact.json").read_text())
+    report = json.loads((RESULTS / "exact.json").read_text())["small"]
     body = [
         [
             row["split"],
@@ -145,7 +145,7 @@ def exact() -> str:
             f"{100 * max(row['gap_worst'], 0.0):.3f}%",
             f"{row['s_median']:.1f}",
         ]
-        for row in report["small"]
+        for row in report["rows"]
     ]
     head = ["split", "windows", "experts", "", "proven", "worst gap", "s, median"]
     return (
@@ -157,7 +157,7 @@ def exact() -> str:
 
 def exact_pairs() -> str:
     """Return a row a split rule and solver: one load at EP144x2."""
-    report = json.loads((RESULTS / "exact.json").read_text())
+    report = json.loads((RESULTS / "exact.json").read_text())["pairs"]
     body = [
         [
             row["split"],
@@ -168,7 +168,7 @@ def exact_pairs() -> str:
             f"{100 * row['gap_worst']:.2f}%",
             "" if row["proven"] is None else f"{row['proven']} of {row['layers']}",
         ]
-        for row in report["pairs"]
+        for row in report["rows"]
     ]
     head = ["split", "solver", "imbalance, mean", "bound", "gap, mean over layers", "worst layer",
             "layers proven"]  # fmt: skip

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -40,11 +39,6 @@ START_BLENDS = (0.0, 0.5, 1.0)
 # with few slots in all a fixed number of sweeps does, in a fraction of a second.
 EXACT_LIMIT_S, EXACT_SEARCH_PART = 60.0, 0.1
 EXACT_FEW_SLOTS, EXACT_SWEEPS, EXACT_LEAST_S = 400, 200, 1.0
-# The search of pairs looks at counts in rounds (10 ms a layer) as long as time allows. Most of a
-# time limit is theirs, since annealing does not improve on pairs.
-PAIR_EVALUATIONS, PAIR_ROUNDS, PAIR_PART = 4_000, 16, 0.8
-# Steps of the search of components for each layer, the time of one, and their part of a limit.
-COMPONENT_STEPS, COMPONENT_STEP_S, COMPONENT_PART = 3_000, 2e-5, 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,81 +259,31 @@ def _greedy(problem: Problem, effort: Effort) -> Answer:
     return Answer(placement=placement)
 
 
-def _is_pairs(problem: Problem) -> bool:
-    """Tell whether every rank holds two slots of one window, which :mod:`.pairs` is made for."""
-    return (
-        problem.topology.slots_per_rank == 2
-        and problem.split in ("even", "nearest")
-        and problem.profile.num_windows == 1
-        and not problem.groups_in_nodes
-    )
+def _special_starts(
+    problem: Problem, starts: Sequence[Placement], effort: Effort
+) -> list[Placement]:
+    """Return placements made for the rule and the shape of the slots (:mod:`.starts`)."""
+    # Numba takes a second to import.
+    from eplb.placement.starts import component_slots, is_pairs, node_slots, pair_slots  # noqa: PLC0415
 
-
-def _pair_slots(problem: Problem, effort: Effort) -> IntArray:
-    """Search the replica counts of each layer's pairs."""
-    from eplb.placement.pairs import search_pairs  # noqa: PLC0415
-
-    num_ranks = problem.topology.num_ranks
-    load_LE = scaled_windows(problem.profile, num_ranks)[0]
-    num_threads = len(os.sched_getaffinity(0))
-    layer_s = math.inf
-    if effort.time_limit_s is not None:
-        layer_s = PAIR_PART * effort.time_limit_s / -(-len(load_LE) // num_threads)
-
-    def one(load_E: FloatArray) -> IntArray:
-        end_s = time.perf_counter() + layer_s
-        row_S = search_pairs(load_E, num_ranks, evaluations=PAIR_EVALUATIONS, seed=effort.seed)
-        for number in range(1, PAIR_ROUNDS):
-            if time.perf_counter() >= end_s:
-                break
-            row_S = search_pairs(
-                load_E,
-                num_ranks,
-                start_E=np.bincount(row_S[row_S >= 0]),
-                evaluations=PAIR_EVALUATIONS,
-                seed=effort.seed + number,
-            )
-        return row_S
-
-    with ThreadPoolExecutor(num_threads) as threads:
-        return np.stack(list(threads.map(one, load_LE)))
-
-
-def _in_components(problem: Problem, effort: Effort) -> Placement:
-    """Return a placement that is best, or nearly so, for the mean load under a free split."""
-    from eplb.placement.components import place_in_components  # noqa: PLC0415
-
-    topology = problem.topology
-    load_LE = problem.profile.mean_load_LE()
-    num_threads = len(os.sched_getaffinity(0))
-    steps = COMPONENT_STEPS
-    if effort.time_limit_s is not None:
-        spent_s = COMPONENT_STEP_S * -(-len(load_LE) // num_threads)
-        steps = min(steps, int(COMPONENT_PART * effort.time_limit_s / spent_s))
-
-    def one(load_E: FloatArray) -> tuple[IntArray, FloatArray]:
-        ranks, slots = topology.num_ranks, topology.slots_per_rank
-        return place_in_components(load_E, ranks, slots, steps=steps, seed=effort.seed)
-
-    with ThreadPoolExecutor(num_threads) as threads:
-        placed = list(threads.map(one, load_LE))
-    slots_LS, fraction_LS = (np.stack(part) for part in zip(*placed, strict=True))
-    return replace(
-        _placement(problem, slots_LS),
-        split_weights_LS=fraction_LS if problem.split == "weighted" else None,
-    )
-
-
-def _over_nodes(problem: Problem, placement: Placement) -> Placement:
-    """Return a placement whose ranks are in nodes that suit ``nearest``, if they are free to be."""
-    from eplb.placement.node_spread import spread_over_nodes  # noqa: PLC0415
-
-    load_LE = problem.profile.mean_load_LE()
-    rows = [
-        spread_over_nodes(row_S, load_E, problem.topology)
-        for row_S, load_E in zip(placement.phys_to_log_LS, load_LE, strict=True)
-    ]
-    return _placement(problem, np.stack(rows))
+    special: list[Placement] = []
+    if problem.groups_in_nodes:
+        return special
+    if problem.split in ("weighted", "batch"):
+        slots_LS, fraction_LS = component_slots(problem, effort.seed, effort.time_limit_s)
+        placement = _placement(problem, slots_LS)
+        if problem.split == "weighted":
+            placement = replace(placement, split_weights_LS=fraction_LS)
+        special.append(placement)
+    if is_pairs(problem):
+        slots_LS = pair_slots(problem, effort.seed, effort.time_limit_s)
+        special.append(_placement(problem, slots_LS))
+    if problem.split == "nearest":
+        special.extend(
+            _placement(problem, node_slots(problem, start.phys_to_log_LS))
+            for start in (*starts, *special)
+        )
+    return special
 
 
 def _with_fractions(problem: Problem, placement: Placement) -> Placement:
@@ -370,12 +314,7 @@ def _search(problem: Problem, effort: Effort) -> Answer:
         starts = [_placement(problem, _greedy_slots(problem, blend)) for blend in blends]
         if problem.split == "weighted":
             starts.append(_with_fractions(problem, starts[0]))
-        if problem.split in ("weighted", "batch") and not problem.groups_in_nodes:
-            starts.append(_in_components(problem, effort))
-        if _is_pairs(problem):
-            starts.append(_placement(problem, _pair_slots(problem, effort)))
-        if problem.split == "nearest" and not problem.groups_in_nodes:
-            starts.extend([_over_nodes(problem, start) for start in starts])
+        starts.extend(_special_starts(problem, starts, effort))
     found = search(
         problem,
         starts,
