@@ -60,7 +60,7 @@ def lower_bound(size: str, severity: str) -> Callable[[], Any]:
         slots_per_rank=problem.topology.slots_per_rank,
         split="even",
         reached_L=imbalance_L,
-        pairs=False,
+        thorough=False,
     )
 
 

@@ -134,7 +134,7 @@ def recorder_cost() -> str:
 
 def exact() -> str:
     """Return how many small layers are proven, and in what time."""
-    report = json.loads((RESULTS / "exact.json").read_text())
+    report = json.loads((RESULTS / "exact.json").read_text())["small"]
     body = [
         [
             row["split"],
@@ -145,18 +145,46 @@ def exact() -> str:
             f"{100 * max(row['gap_worst'], 0.0):.3f}%",
             f"{row['s_median']:.1f}",
         ]
-        for row in report["small"]
+        for row in report["rows"]
     ]
     head = ["split", "windows", "experts", "", "proven", "worst gap", "s, median"]
     return (
         _markdown(head, body)
-        + f"\nAt most {report['time_limit_s']:g} s a layer, started from `greedy`, two nodes; "
-        + f"{report['environment']['processor']}, {report['environment']['date'][:10]}.\n"
+        + f"\nAt most {report['time_limit_s']:g} s a layer, two nodes; "
+        + _shared_machine(report["environment"])
+    )
+
+
+def exact_pairs() -> str:
+    """Return a row a split rule and solver: one load at EP144x2."""
+    report = json.loads((RESULTS / "exact.json").read_text())["pairs"]
+    body = [
+        [
+            row["split"],
+            f"{row['solver']}, {row['time_limit_s']:g} s",
+            f"{row['mean']:.4f}",
+            f"{row['bound_mean']:.4f}",
+            f"{100 * row['gap_mean']:.2f}%",
+            f"{100 * row['gap_worst']:.2f}%",
+            "" if row["proven"] is None else f"{row['proven']} of {row['layers']}",
+        ]
+        for row in report["rows"]
+    ]
+    head = ["split", "solver", "imbalance, mean", "bound", "gap, mean over layers", "worst layer",
+            "layers proven"]  # fmt: skip
+    return _markdown(head, body) + "\n" + _shared_machine(report["environment"])
+
+
+def _shared_machine(environment: dict[str, Any]) -> str:
+    return (
+        f"{environment['processor']}, 2 cores shared with other work (load average "
+        f"{environment['load_average']:.0f}), {environment['date'][:10]}.\n"
     )
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "exact": exact,
+    "exact-pairs": exact_pairs,
     "greedy": greedy,
     "greedy-short": greedy_short,
     "recorder-cost": recorder_cost,

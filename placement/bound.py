@@ -19,6 +19,8 @@ Shape letters: W windows, L layers, E experts, R ranks, K slots of a rank.
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -47,7 +49,7 @@ def layer_bounds(
     slots_per_rank: int,
     split: str,
     reached_L: FloatArray | None = None,
-    pairs: bool = True,
+    thorough: bool = True,
 ) -> FloatArray:
     """Return :func:`weighted_bounds` where layers weigh windows each in its own way, shape [L].
 
@@ -56,7 +58,7 @@ def layer_bounds(
 
     Parameters
     ----------
-    load_WLE, num_ranks, slots_per_rank, split, pairs
+    load_WLE, num_ranks, slots_per_rank, split, thorough
         As there.
     weight_WL : array of float64
         Non-negative.
@@ -75,7 +77,7 @@ def layer_bounds(
             slots_per_rank=slots_per_rank,
             split=split,
             reached_L=None if reached_L is None else reached_L[layers],
-            pairs=pairs,
+            thorough=thorough,
         )
     return bound_L
 
@@ -88,7 +90,7 @@ def weighted_bounds(
     slots_per_rank: int,
     split: str,
     reached_L: FloatArray | None = None,
-    pairs: bool = True,
+    thorough: bool = True,
 ) -> FloatArray:
     """Return a lower bound on each layer's weighted mean of the largest rank load, shape [L].
 
@@ -106,34 +108,74 @@ def weighted_bounds(
         hottest expert and the slots count, and what fits beside a replica does not.
     reached_L : array of float64, optional
         Objective of a placement: the bound is at most that.
-    pairs : bool
-        With two slots a rank, search the prices of pairs as well. Costs numba's compiler once.
+    thorough : bool
+        Prices of pairs with two slots a rank, and what couples windows. Needs numba's compiler,
+        once a machine.
 
     Notes
     -----
     One placement serves all windows, so the weighted mean of their largest loads is at least the
-    largest of the weighted mean load (maxima are convex), and at least the weighted mean of what
-    is a bound for each window alone: the larger of the two.
+    largest of the weighted mean load (maxima are convex), at least the weighted mean of what is a
+    bound for each window alone, and at least what :mod:`eplb.placement.coupled_bound` says: the
+    largest of the three.
     """
-    num_windows = len(load_WLE)
+    num_windows, num_layers, num_experts = load_WLE.shape
     mean_LE = np.tensordot(weight_W, load_WLE, axes=1)
     bounds = partial(
         _bounds_in_unit,
         num_ranks=num_ranks,
         slots_per_rank=slots_per_rank,
         even=split == "even",
-        paired=pairs and num_windows <= _PAIRED_WINDOWS,
+        paired=thorough and num_windows <= _PAIRED_WINDOWS,
     )
     best_L = bounds(mean_LE, reached_X=reached_L)
     if num_windows > 1:
-        load_XE = load_WLE.reshape(-1, load_WLE.shape[2])
+        load_XE = load_WLE.reshape(-1, num_experts)
         if num_windows <= _SEARCHED_WINDOWS:
             own_X = bounds(load_XE)
         else:
-            most = _max_replicas(load_WLE.shape[2], num_ranks, num_ranks * slots_per_rank)
+            most = _max_replicas(num_experts, num_ranks, num_ranks * slots_per_rank)
             own_X = np.maximum(load_XE.sum(axis=1) / num_ranks, load_XE.max(axis=1) / most)
-        best_L = np.maximum(best_L, weight_W @ own_X.reshape(num_windows, -1))
+        own_WL = own_X.reshape(num_windows, num_layers)
+        best_L = np.maximum(best_L, weight_W @ own_WL)
+        if thorough:
+            high_L = 2 * best_L if reached_L is None else reached_L
+            best_L = _coupled(
+                load_WLE, weight_W, own_WL, num_ranks, slots_per_rank, split, best_L, high_L
+            )
     return best_L if reached_L is None else np.minimum(best_L, reached_L)
+
+
+def _coupled(
+    load_WLE: FloatArray,
+    weight_W: FloatArray,
+    own_WL: FloatArray,
+    num_ranks: int,
+    slots_per_rank: int,
+    split: str,
+    low_L: FloatArray,
+    high_L: FloatArray,
+) -> FloatArray:
+    """Return the bounds that see all windows at once, at least ``low_L``."""
+    # Numba takes a second to import.
+    from eplb.placement.coupled_bound import coupled_bound  # noqa: PLC0415
+    from eplb.placement.pair_bound import QUICK  # noqa: PLC0415
+
+    paired = split == "even" and slots_per_rank == 2 and len(load_WLE) <= _PAIRED_WINDOWS
+    bound_L = low_L.copy()
+    for layer in np.flatnonzero(low_L > 0):
+        bound_L[layer] = coupled_bound(
+            np.ascontiguousarray(load_WLE[:, layer]),
+            weight_W,
+            np.ascontiguousarray(own_WL[:, layer]),
+            num_ranks,
+            slots_per_rank,
+            low_L[layer],
+            max(low_L[layer], high_L[layer]),
+            paired,
+            QUICK,
+        )
+    return bound_L
 
 
 def _bounds_in_unit(
@@ -158,16 +200,35 @@ def _bounds_in_unit(
         even=even,
         reached_L=None if reached_X is None else reached_X[used] / mean_X,
     )
-    if even and paired and slots_per_rank == 2:
-        # Numba takes a second to import, and only pairs need it.
-        from eplb.placement.pair_bound import pair_bounds  # noqa: PLC0415
-
+    if paired and slots_per_rank == 2 and (even or reached_X is not None):
+        scaled_XE = load_XE[used] / mean_X[:, np.newaxis]
         high_X = relative_X * 1.5 if reached_X is None else reached_X[used] / mean_X
-        relative_X = pair_bounds(
-            load_XE[used] / mean_X[:, np.newaxis], num_ranks, relative_X, high_X
-        )
+        relative_X = _paired(scaled_XE, num_ranks, even, relative_X, high_X, reached_X is None)
     bound_X[used] = relative_X * mean_X
     return bound_X
+
+
+def _paired(
+    load_XE: FloatArray,
+    num_ranks: int,
+    even: bool,
+    low_X: FloatArray,
+    high_X: FloatArray,
+    quick: bool,
+) -> FloatArray:
+    """Return the bounds by prices for two slots a rank, of each row."""
+    # Numba takes a second to import, and only pairs need it.
+    from eplb.placement.pair_bound import QUICK, THOROUGH, pair_bound  # noqa: PLC0415
+    from eplb.placement.piece_bound import piece_bound  # noqa: PLC0415
+
+    def one(load_E: FloatArray, low: float, high: float) -> float:
+        if even:
+            return float(pair_bound(load_E, num_ranks, low, high, QUICK if quick else THOROUGH))
+        return float(piece_bound(load_E, num_ranks, low, high))
+
+    # The kernels leave the interpreter's lock.
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        return np.array(list(threads.map(one, load_XE, low_X, high_X)))
 
 
 def load_bound(

@@ -122,7 +122,9 @@ def solve_layer(
             f"{topology.num_slots} slots cannot hold {num_experts} experts; use more slots a rank"
         )
     end_s = None if time_limit_s is None else time.perf_counter() + time_limit_s
-    if split == "nearest" and topology.num_nodes == 1:
+    has_fractions = split == "weighted"
+    if topology.num_slots == num_experts or (split == "nearest" and topology.num_nodes == 1):
+        # Where no expert has replicas all rules are one.
         split = "even"
     load_WE = np.ascontiguousarray(load_WE, np.float64)
     if start_S is None:
@@ -139,14 +141,13 @@ def solve_layer(
         )[0]
     )
     stop_reason = "finished"
+    if low < best * (1 - PROOF_GAP) and split in ("weighted", "batch"):
+        rows, low = _components(weight_W @ load_WE, topology, low, best)
+        for row in rows:
+            reached = _objective(load_WE, weight_W, row, topology, split)
+            if reached < best:
+                best_S, best = row, reached
     if low < best * (1 - PROOF_GAP):
-        if split in ("weighted", "batch") and num_experts <= _COMPONENT_EXPERTS:
-            # Numba takes a second to import.
-            from eplb.placement.component_bound import component_bound  # noqa: PLC0415
-
-            low = component_bound(
-                weight_W @ load_WE, topology.num_ranks, topology.slots_per_rank, low, best
-            )
         rows, bound, stop_reason = _search(
             load_WE, weight_W, topology, split, best_S, best, low, end_s, seed, workers
         )
@@ -156,7 +157,7 @@ def solve_layer(
             if reached < best:
                 best_S, best = row, reached
     fraction_S = None
-    if split == "weighted":
+    if has_fractions:
         fraction_S, _ = best_fractions(load_WE, weight_W, best_S, topology.num_ranks)
         best = fraction_objective(load_WE, weight_W, best_S, fraction_S, topology.num_ranks)
     low = min(low, best)
@@ -169,6 +170,28 @@ def solve_layer(
         proven=proven,
         stop_reason="finished" if proven else stop_reason,
     )
+
+
+def _components(
+    load_E: FloatArray, topology: Topology, low: float, best: float
+) -> tuple[list[IntArray], float]:
+    """Return placements that are good for one load under a free split, and a bound for any."""
+    # Numba takes a second to import.
+    from eplb.placement.component_bound import component_bound  # noqa: PLC0415
+    from eplb.placement.components import place_groups, place_in_components  # noqa: PLC0415
+
+    num_ranks, slots_per_rank = topology.num_ranks, topology.slots_per_rank
+    row, fraction_S = place_in_components(load_E, num_ranks, slots_per_rank)
+    rows = [row]
+    num_experts = len(load_E)
+    # All experts in one component is possible, and says no more than the mean.
+    several = num_experts - 1 > num_ranks * (slots_per_rank - 1)
+    if several and num_experts <= _COMPONENT_EXPERTS:
+        reached = fraction_objective(load_E[np.newaxis], np.ones(1), row, fraction_S, num_ranks)
+        low, group_E = component_bound(load_E, num_ranks, slots_per_rank, low, min(best, reached))
+        if group_E is not None:
+            rows.append(place_groups(load_E, group_E, num_ranks, slots_per_rank)[0])
+    return rows, low
 
 
 def _search(

@@ -204,14 +204,14 @@ def solve_pairs(
     time_limit_s : float, optional
     """
     # Numba takes a second to import, and only pairs need it.
-    from eplb.placement.pair_bound import pair_bounds  # noqa: PLC0415
+    from eplb.placement.pair_bound import THOROUGH, pair_bound  # noqa: PLC0415
 
     end_s = None if time_limit_s is None else time.perf_counter() + time_limit_s
     load_E = np.ascontiguousarray(load_E, np.float64)
     row = search_pairs(load_E, num_ranks, start_E=start_E, evaluations=20_000, seed=seed, low=low)
     best = _largest_pair(load_E, row)
     low = min(best, max(low, load_E.sum() / num_ranks))
-    low = float(pair_bounds(load_E[np.newaxis], num_ranks, np.array([low]), np.array([best]))[0])
+    low = float(pair_bound(load_E, num_ranks, low, best, THOROUGH))
     # From here on counts are known, or could not be decided in time.
     high = best
     while low < best * (1 - _PROOF) and low < high * (1 - _NARROW):

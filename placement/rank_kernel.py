@@ -15,6 +15,8 @@ __all__ = ["fill_ranks"]
 
 # Columns of a class: its replicas on the node, nodes with replicas, replicas.
 _HERE, _NODES, _ALL = 0, 1, 2
+# Against rounding, in favour of "can be reached".
+_SLACK = 1e-9
 # Slots owed after a choice that is not allowed.
 _NEVER = 1 << 30
 
@@ -36,7 +38,9 @@ def fill_ranks(  # noqa: PLR0912, PLR0915 (one loop, with no call to spare in it
     """Return the best placement whose objective is at most ``target``, by branch and bound.
 
     Slots are filled in order, each with an expert of a class, and a branch ends where the ranks
-    so far and the mean of those to come already cost more than the target. Ranks list experts in
+    so far and the mean of those to come already cost more than the target. Its weighted mean load
+    leaves a rank a range: no rank may be above the target, and what it is below is missing for the
+    others. Classes of an expert are tried by falling load within that. Ranks list experts in
     rising order, the ranks of a node are in lexicographic order, and so are nodes by their
     first ranks: of placements that differ in names only one is left.
 
@@ -68,6 +72,21 @@ def fill_ranks(  # noqa: PLR0912, PLR0915 (one loop, with no call to spare in it
     """
     num_experts, num_classes, num_windows = load_ECW.shape
     per_rank, per_node = num_slots // num_ranks, num_ranks // num_nodes
+    # Classes that are allowed, by falling mean load; and the largest of an expert and those after.
+    mean_EC = np.full((num_experts, num_classes + 1), -np.inf)
+    class_EC = np.zeros((num_experts, num_classes), np.int64)
+    most_E = np.zeros(num_experts + 2)
+    for e in range(num_experts - 1, -1, -1):
+        value_C = np.full(num_classes, -np.inf)
+        for c in range(num_classes):
+            if allowed_EC[e, c]:
+                value_C[c] = 0.0
+                for w in range(num_windows):
+                    value_C[c] += weight_W[w] * load_ECW[e, c, w]
+        class_EC[e] = np.argsort(-value_C, kind="mergesort")
+        for i in range(num_classes):
+            mean_EC[e, i] = value_C[class_EC[e, i]]
+        most_E[e] = max(most_E[e + 1], mean_EC[e, 0])
     least_E = np.full(num_experts, num_slots)
     for e in range(num_experts):
         for c in range(num_classes):
@@ -85,7 +104,11 @@ def fill_ranks(  # noqa: PLR0912, PLR0915 (one loop, with no call to spare in it
     upper_S = np.zeros(num_slots + 1, np.int64)
     owed_S = np.zeros(num_slots + 1, np.int64)
     owed_S[0] = least_E.sum()
-    # The load of a rank up to a slot; of the ranks before it the largest, and what they left.
+    # The load of a rank up to a slot; of the ranks before it the largest, and what they left. The
+    # same of weighted means.
+    mean_S, mean_rest_R = np.zeros(num_slots + 1), np.zeros(num_ranks + 1)
+    for w in range(num_windows):
+        mean_rest_R[0] += weight_W[w] * total_W[w]
     load_SW = np.zeros((num_slots + 1, num_windows))
     most_RW = np.zeros((num_ranks + 1, num_windows))
     rest_RW = np.zeros((num_ranks + 1, num_windows))
@@ -100,6 +123,12 @@ def fill_ranks(  # noqa: PLR0912, PLR0915 (one loop, with no call to spare in it
         most_W, rest_W = most_RW[rank], rest_RW[rank]
         if d % per_rank == 0:
             load_SW[d] = 0.0
+            mean_S[d] = 0.0
+        # What the mean load of this replica may be, and of this and the ones after it at least.
+        room = target * (1.0 + _SLACK) - mean_S[d]
+        missing = mean_rest_R[rank] - target * (num_ranks - rank - 1 + _SLACK) - mean_S[d]
+        slots_after = per_rank - 1 - d % per_rank
+        # From here on c is a place in the order of classes.
         e, c = expert_S[d], class_S[d] + 1
         if e < 0:
             e, upper_S[d] = _range(
@@ -109,29 +138,31 @@ def fill_ranks(  # noqa: PLR0912, PLR0915 (one loop, with no call to spare in it
             c = 0
         chosen = False
         while e <= upper_S[d]:
+            steps -= 1
             if e == num_experts:
                 # An empty slot.
-                if c > 0:
+                if c > 0 or missing > 0.0:
                     break
                 if owed_S[d] <= num_slots - d - 1:
                     owed_S[d + 1] = owed_S[d]
                     load_SW[d + 1] = load_SW[d]
                     chosen = True
-            elif c == num_classes:
-                e, c = e + 1, 0
-                continue
-            elif allowed_EC[e, c]:
+            else:
+                while mean_EC[e, c] > room:
+                    c += 1
+                if mean_EC[e, c] < missing - slots_after * most_E[e + 1] or mean_EC[e, c] < 0.0:
+                    e, c = e + 1, 0
+                    continue
                 owed = _owed_after(
-                    e, c, class_C3, num_nodes - node, per_node, ranks_left, least_E,
+                    e, class_EC[e, c], class_C3, num_nodes - node, per_node, ranks_left, least_E,
                     like_E, placed_E, nodes_E, here_NE[node], placed_NE[node],
                 )  # fmt: skip
                 if owed_S[d] + owed <= num_slots - d - 1:
                     owed_S[d + 1] = owed + owed_S[d]
                     for w in range(num_windows):
-                        load_SW[d + 1, w] = load_SW[d, w] + load_ECW[e, c, w]
+                        load_SW[d + 1, w] = load_SW[d, w] + load_ECW[e, class_EC[e, c], w]
                     chosen = True
             if chosen:
-                steps -= 1
                 value = 0.0
                 for w in range(num_windows):
                     load = load_SW[d + 1, w]
@@ -160,13 +191,16 @@ def fill_ranks(  # noqa: PLR0912, PLR0915 (one loop, with no call to spare in it
             best = value
             target = value * (1.0 - margin)
             continue
+        mean_S[d + 1] = mean_S[d]
         if e < num_experts:
-            like_E[e] = c
+            mean_S[d + 1] += mean_EC[e, c]
+            like_E[e] = class_EC[e, c]
             nodes_E[e] += placed_NE[node, e] == 0
-            here_NE[node, e] = class_C3[c, _HERE]
+            here_NE[node, e] = class_C3[like_E[e], _HERE]
             placed_E[e] += 1
             placed_NE[node, e] += 1
         if last_slot:
+            mean_rest_R[rank + 1] = mean_rest_R[rank] - mean_S[d + 1]
             for w in range(num_windows):
                 most_RW[rank + 1, w] = max(most_W[w], load_SW[d + 1, w])
                 rest_RW[rank + 1, w] = rest_W[w] - load_SW[d + 1, w]

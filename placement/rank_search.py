@@ -27,8 +27,8 @@ _FIRST_STEP, _GROWTH = 1e-5, 2.0
 _MARGIN = 5e-7
 # Steps of a first try, and how many more a next try of the same target has.
 _STEPS, _MORE_STEPS = 4_000_000, 4
-# Steps in a second, at least: the first try is cut to what there is time for.
-_STEPS_PER_S = 5e6
+# Steps in a second, until they have been timed over this many: tries are cut to the time there is.
+_STEPS_PER_S, _TIMED_STEPS = 3e6, 500_000
 
 
 def place_by_ranks(
@@ -86,7 +86,8 @@ def place_by_ranks(
             )  # fmt: skip
         else:
             value, left = np.inf, 1
-        rate = max(rate, (steps - left) / (time.perf_counter() - began_s))
+        if steps - left >= _TIMED_STEPS:
+            rate = (steps - left) / (time.perf_counter() - began_s)
         if value < np.inf:
             start = value
             rows.append(np.append(order_E, EMPTY)[best_S])

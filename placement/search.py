@@ -34,6 +34,7 @@ from eplb.placement.graph import ring_placement
 from eplb.placement.windows import FitWindows, fit_windows, scaled_windows
 from eplb.problem import Problem
 from eplb.slots import Placement
+from eplb.split import slot_share
 
 __all__ = ["DEFAULT_SWEEPS", "SearchResult", "search"]
 
@@ -300,8 +301,9 @@ def _layouts(start: Placement, problem: Problem) -> list[_Layout]:
 def _layout(row_S: IntArray, weights_S: FloatArray | None, problem: Problem) -> _Layout:
     slot_RK = row_S.reshape(problem.topology.num_ranks, -1).astype(np.int64)
     if weights_S is None:
-        count_E = np.bincount(row_S[row_S >= 0], minlength=problem.model.num_experts)
-        share_RK = np.where(slot_RK >= 0, 1.0 / count_E[slot_RK], 0.0)
+        rule = "nearest" if problem.split == "nearest" else "even"
+        share_LS = slot_share(row_S[np.newaxis], problem.model.num_experts, problem.topology, rule)
+        share_RK = share_LS.reshape(slot_RK.shape)
     else:
         share_RK = weights_S.reshape(slot_RK.shape).astype(np.float64)
     return _Layout(slot_RK=slot_RK, share_RK=share_RK)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -35,10 +35,10 @@ OPTIMAL_GAP = 1e-9
 # Greedy placements that a search may start from: of mean loads, of the largest of all windows, and
 # between. A plan for loads that differ much has to have replicas of all that get hot.
 START_BLENDS = (0.0, 0.5, 1.0)
-# Time of `exact` without a limit, and the part of it that goes into the placement to start from.
+# Time of `exact` without a limit, and the part of it that goes into the placement to start from;
+# with few slots in all a fixed number of sweeps does, in a fraction of a second.
 EXACT_LIMIT_S, EXACT_SEARCH_PART = 60.0, 0.1
-# Counts that the search of pairs looks at for each layer, and about the time of one.
-PAIR_EVALUATIONS, PAIR_EVALUATION_S = 16_000, 6e-6
+EXACT_FEW_SLOTS, EXACT_SWEEPS, EXACT_LEAST_S = 400, 200, 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,14 +134,14 @@ def solve(problem: Problem, solver: str = "greedy", effort: Effort | None = None
     weight_WL = window_weights(load_WLE)
     if not problem.topology.is_uniform:
         return _unproven(problem, answer, balance, solver, effort, time_s)
-    # The bound of pairs takes a compiler, which greedy does without.
+    # These bounds take a compiler, which greedy does without.
     bounds = partial(
         layer_bounds,
         load_WLE,
         num_ranks=problem.topology.num_ranks,
         slots_per_rank=problem.topology.slots_per_rank,
         split=problem.split,
-        pairs=solver != "greedy",
+        thorough=solver != "greedy",
     )
     weight_L = weight_WL.sum(axis=0)
     bound_L = bounds(weight_WL / weight_L, reached_L=imbalance_L)
@@ -259,34 +259,31 @@ def _greedy(problem: Problem, effort: Effort) -> Answer:
     return Answer(placement=placement)
 
 
-def _is_pairs(problem: Problem) -> bool:
-    """Tell whether every rank holds two slots of one window, which :mod:`.pairs` is made for."""
-    return (
-        problem.topology.slots_per_rank == 2
-        and problem.split == "even"
-        and problem.profile.num_windows == 1
-        and not problem.groups_in_nodes
-    )
+def _special_starts(
+    problem: Problem, starts: Sequence[Placement], effort: Effort
+) -> list[Placement]:
+    """Return placements made for the rule and the shape of the slots (:mod:`.starts`)."""
+    # Numba takes a second to import.
+    from eplb.placement.starts import component_slots, is_pairs, node_slots, pair_slots  # noqa: PLC0415
 
-
-def _pair_slots(problem: Problem, effort: Effort) -> IntArray:
-    """Search the replica counts of each layer's pairs."""
-    from eplb.placement.pairs import search_pairs  # noqa: PLC0415
-
-    num_ranks = problem.topology.num_ranks
-    load_LE = scaled_windows(problem.profile, num_ranks)[0]
-    num_threads = len(os.sched_getaffinity(0))
-    evaluations = PAIR_EVALUATIONS
-    if effort.time_limit_s is not None:
-        # Half of the time that a search without the limit would take at most.
-        spent_s = PAIR_EVALUATION_S * -(-len(load_LE) // num_threads)
-        evaluations = min(evaluations, max(int(0.5 * effort.time_limit_s / spent_s), 1))
-
-    def one(load_E: FloatArray) -> IntArray:
-        return search_pairs(load_E, num_ranks, evaluations=evaluations, seed=effort.seed)
-
-    with ThreadPoolExecutor(num_threads) as threads:
-        return np.stack(list(threads.map(one, load_LE)))
+    special: list[Placement] = []
+    if problem.groups_in_nodes:
+        return special
+    if problem.split in ("weighted", "batch"):
+        slots_LS, fraction_LS = component_slots(problem, effort.seed, effort.time_limit_s)
+        placement = _placement(problem, slots_LS)
+        if problem.split == "weighted":
+            placement = replace(placement, split_weights_LS=fraction_LS)
+        special.append(placement)
+    if is_pairs(problem):
+        slots_LS = pair_slots(problem, effort.seed, effort.time_limit_s)
+        special.append(_placement(problem, slots_LS))
+    if problem.split == "nearest":
+        special.extend(
+            _placement(problem, node_slots(problem, start.phys_to_log_LS))
+            for start in (*starts, *special)
+        )
+    return special
 
 
 def _with_fractions(problem: Problem, placement: Placement) -> Placement:
@@ -317,8 +314,7 @@ def _search(problem: Problem, effort: Effort) -> Answer:
         starts = [_placement(problem, _greedy_slots(problem, blend)) for blend in blends]
         if problem.split == "weighted":
             starts.append(_with_fractions(problem, starts[0]))
-        if _is_pairs(problem):
-            starts.append(_placement(problem, _pair_slots(problem, effort)))
+        starts.extend(_special_starts(problem, starts, effort))
     found = search(
         problem,
         starts,
@@ -385,8 +381,12 @@ def _exact(problem: Problem, effort: Effort) -> Answer:
         raise InvalidInput("--solver exact knows no groups; use --solver search or greedy")
     limit_s = EXACT_LIMIT_S if effort.time_limit_s is None else effort.time_limit_s
     begin = time.perf_counter()
+    few = problem.topology.num_slots * problem.profile.num_layers <= EXACT_FEW_SLOTS
     searched = _search(
-        problem, replace(effort, time_limit_s=EXACT_SEARCH_PART * limit_s, extend=False)
+        problem,
+        replace(effort, time_limit_s=None, sweeps=EXACT_SWEEPS, extend=False)
+        if few and limit_s >= EXACT_LEAST_S
+        else replace(effort, time_limit_s=EXACT_SEARCH_PART * limit_s, extend=False),
     )
     load_WLE = scaled_windows(problem.profile, problem.topology.num_ranks)
     num_threads = len(os.sched_getaffinity(0))

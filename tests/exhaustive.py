@@ -73,21 +73,26 @@ def _split_programme(load_WE, weight_W, row, num_ranks):
     return linprog(cost, upper, zero, equal, one, bounds=(0, None), method="highs").fun
 
 
-def best_score(load_WE, weight_W, topology, split):
-    """Least score of all placements with replicas on distinct ranks; slots may stay empty."""
-    num_experts, per_rank = load_WE.shape[1], topology.slots_per_rank
+def placements(num_experts, topology, split):
+    """Yield all placements with replicas on distinct ranks; slots may stay empty."""
+    per_rank = topology.slots_per_rank
     # A further replica never hurts where the split is free.
     sizes = range(per_rank + 1) if split in ("even", "nearest") else [min(per_rank, num_experts)]
     held = [c for size in sizes for c in combinations(range(num_experts), size)]
-    best = np.inf
     for choice in product(range(len(held)), repeat=topology.num_ranks):
         if split != "nearest" and list(choice) != sorted(choice):
             continue
         if len(set().union(*(held[i] for i in choice))) < num_experts:
             continue
-        row = [e for i in choice for e in (*held[i], *[-1] * (per_rank - len(held[i])))]
-        best = min(best, score(load_WE, weight_W, row, topology, split))
-    return best
+        yield [e for i in choice for e in (*held[i], *[-1] * (per_rank - len(held[i])))]
+
+
+def best_score(load_WE, weight_W, topology, split):
+    """Least score of all placements."""
+    return min(
+        score(load_WE, weight_W, row, topology, split)
+        for row in placements(load_WE.shape[1], topology, split)
+    )
 
 
 @st.composite

@@ -125,3 +125,23 @@ def test_windows_and_layers_without_load_are_bounded_by_nothing():
         load_WLE, np.array([0.5, 0.25, 0.25]), num_ranks=3, slots_per_rank=2, split="even"
     )
     np.testing.assert_allclose(bound_L, [0.75 * 2, 0])
+
+
+def test_windows_with_hot_experts_of_their_own_need_slots_for_all():
+    # Each window has two experts of its own that need two replicas below 1.5: 16 experts, 24 slots.
+    load_WE = np.full((4, 16), 0.5)
+    for window in range(4):
+        load_WE[window, 4 * window : 4 * window + 2] = 2.5
+        load_WE[window] *= 12 / load_WE[window].sum()
+    shape = {"num_ranks": 12, "slots_per_rank": 2}
+    weight_W = np.full(4, 0.25)
+    for split in ("even", "nearest", "weighted", "batch"):
+        alone, coupled = (
+            weighted_bounds(
+                load_WE[:, np.newaxis], weight_W, split=split, thorough=thorough, **shape
+            )[0]
+            for thorough in (False, True)
+        )
+        assert coupled >= alone
+    even = weighted_bounds(load_WE[:, np.newaxis], weight_W, split="even", **shape)[0]
+    assert even > alone * 1.05

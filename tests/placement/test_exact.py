@@ -4,13 +4,13 @@ import os
 
 import numpy as np
 import pytest
+from agreement import disagreements, full_row
 from exhaustive import RULES, best_score, score, tiny_layer
 
 from eplb.errors import InfeasibleProblem, InvalidInput
 from eplb.placement.bound import weighted_bounds
 from eplb.placement.exact import solve_layer
 from eplb.placement.exact_shares import place_by_shares
-from eplb.placement.exact_splits import place_by_cuts, place_by_fractions
 from eplb.placement.pairs import solve_pairs
 from eplb.slots import initial_placement
 from eplb.topology import Topology
@@ -44,24 +44,11 @@ def test_brute_force_agrees_and_no_bound_is_above_it(split):
             assert len(filled) == len(set(filled)), seed
 
 
-def test_cut_programme_and_split_programme_agree():
-    # CP-SAT on cuts and HiGHS on fractions share no formulation.
-    for seed in range(CASES):
-        load_WE, weight_W, topology = tiny_layer(np.random.default_rng(1000 + seed), "batch")
-        row = _full_row(load_WE.shape[1], topology)
-        start = score(load_WE, weight_W, row, topology, "batch")
-        cut_rows, cut_bound = place_by_cuts(
-            load_WE, weight_W, topology, row, start, 0.0, None, seed=0, workers=1
-        )
-        mip_rows, mip_bound = place_by_fractions(
-            load_WE, weight_W, topology, 0.0, None, per_window=True
-        )
-        cut = score(load_WE, weight_W, cut_rows[0], topology, "batch")
-        mip = score(load_WE, weight_W, mip_rows[0], topology, "batch")
-        assert cut == pytest.approx(mip, rel=2e-6), seed
-        assert cut_bound <= cut * (1 + 1e-9)
-        assert mip_bound <= mip * (1 + 1e-6)
-        assert cut_bound == pytest.approx(mip_bound, rel=2e-6), seed
+@pytest.mark.parametrize("split", RULES)
+def test_all_methods_and_bounds_agree(split):
+    # Thousands were tried: python tests/agreement.py --cases 2000
+    for seed in range(max(3, CASES // 8)):
+        assert not disagreements(split, 1000 + seed)
 
 
 def test_pairs_and_share_programme_agree():
@@ -72,7 +59,7 @@ def test_pairs_and_share_programme_agree():
         load_E = random.pareto(1.0, num_experts) + 0.01
         load_E *= num_ranks / load_E.sum()
         topology = Topology(num_nodes=1, ranks_per_node=num_ranks, slots_per_rank=2)
-        row = _full_row(num_experts, topology)
+        row = full_row(num_experts, topology)
         start = score(load_E[np.newaxis], ONE, row, topology, "even")
         pairs = solve_pairs(load_E, num_ranks)
         rows, bound = place_by_shares(
@@ -82,16 +69,6 @@ def test_pairs_and_share_programme_agree():
         assert bound == pytest.approx(best, rel=2e-6)
         assert pairs.objective >= best * (1 - 2e-6)
         assert pairs.bound <= best * (1 + 1e-9)
-
-
-def _full_row(num_experts, topology):
-    """Experts in order of id over and over; a second replica on a rank is left out."""
-    row = initial_placement([0], num_experts, topology.num_slots).phys_to_log_LS[0].copy()
-    for rank in row.reshape(topology.num_ranks, -1):
-        for slot in range(1, len(rank)):
-            if rank[slot] in rank[:slot]:
-                rank[slot] = -1
-    return row
 
 
 @pytest.mark.parametrize(
@@ -123,6 +100,30 @@ def test_out_of_time_the_start_is_returned_with_a_bound(split):
     assert 1 <= layer.bound <= layer.objective <= start * (1 + 1e-9)
     assert (layer.fraction_S is not None) == (split == "weighted")
     assert np.bincount(layer.phys_to_log_S[layer.phys_to_log_S >= 0], minlength=48).min() >= 1
+
+
+@pytest.mark.parametrize("split", ["weighted", "batch"])
+@pytest.mark.parametrize(("slots_per_rank", "experts"), [(2, 12), (2, 16), (3, 16), (4, 16)])
+def test_one_load_of_sixteen_experts_is_proven_under_free_splits(split, slots_per_rank, experts):
+    load_WE = np.random.default_rng(experts).lognormal(0, 0.9, (1, experts))
+    load_WE *= 8 / load_WE.sum()
+    topology = Topology(num_nodes=2, ranks_per_node=4, slots_per_rank=slots_per_rank)
+    layer = solve_layer(load_WE, ONE, topology=topology, split=split)
+    assert layer.proven
+    reached = score(load_WE, ONE, layer.phys_to_log_S, topology, split)
+    assert layer.objective == pytest.approx(reached, rel=1e-9)
+
+
+def test_without_replicas_all_rules_are_one():
+    load_WE = np.random.default_rng(6).lognormal(0, 0.9, (3, 12))
+    load_WE *= 6 / load_WE.sum(axis=1, keepdims=True)
+    topology = Topology(num_nodes=2, ranks_per_node=3, slots_per_rank=2)
+    weight_W = np.full(3, 1 / 3)
+    layers = [solve_layer(load_WE, weight_W, topology=topology, split=split) for split in RULES]
+    assert all(layer.proven for layer in layers)
+    for layer in layers:
+        assert layer.objective == pytest.approx(layers[0].objective, rel=2e-6)
+    np.testing.assert_array_equal(layers[RULES.index("weighted")].fraction_S, np.ones(12))
 
 
 def test_a_freer_split_is_never_worse():
