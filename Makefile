@@ -34,7 +34,7 @@ clean:
 	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache demo-plan.yaml demo-report.html
 
 # The editable install links single files, so a folder that changes asks for it again.
-FOLDERS := eplb eplb/engines cli cli/report cli/report/static cli/report/templates placement profiles profiles/data runtime runtime/requests
+FOLDERS := eplb eplb/engines cli cli/report cli/report/static cli/report/templates placement profiles profiles/data runtime runtime/ep runtime/requests
 EDITABLE := install -q -c constraints.txt -e . --config-settings editable_mode=strict
 
 $(VENV)/bin/pip:

@@ -15,6 +15,7 @@ __all__ = [
     "InvalidInput",
     "MigrationFailed",
     "PlacementInvalid",
+    "ServingFailed",
     "SolverFailed",
     "SolverUnavailable",
     "unknown_name",
@@ -61,6 +62,12 @@ class MigrationFailed(EplbError):
     """Moving from one placement to another could not be completed."""
 
     exit_code = 7
+
+
+class ServingFailed(EplbError):
+    """A step of the running layer could not be completed: a stalled peer, numbers that are none."""
+
+    exit_code = 8
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> InvalidInput:

@@ -18,6 +18,7 @@ def test_exit_codes_are_those_of_the_design() -> None:
         "SolverFailed": 5,
         "PlacementInvalid": 6,
         "MigrationFailed": 7,
+        "ServingFailed": 8,
     }
 
 

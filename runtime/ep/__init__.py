@@ -1,0 +1,6 @@
+"""Expert parallelism on torch.distributed: slots, placement tables, and the layer that runs them."""
+
+if __name__ != "eplb.runtime.ep":
+    raise ImportError(
+        "import eplb.runtime.ep; the bare name would make a second copy of its classes"
+    )

@@ -1,0 +1,275 @@
+"""The processes of an expert-parallel group, and the ranks of the plan that each of them is.
+
+A process is one member of torch's process group. It holds ``ranks_per_process`` ranks of the plan:
+one on a cluster, several (virtual ranks) where the balance of many ranks is wanted on few
+processes. Rank ``r`` is on process ``r // ranks_per_process`` and on node ``r // ranks_per_node``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from eplb.errors import InvalidInput, ServingFailed
+
+__all__ = ["EPGroup"]
+
+# How long who has run into a timeout waits for the others to say that they have, too.
+ROLL_CALL_S = 2.0
+
+
+class EPGroup:
+    """Where this process stands among the ranks of a plan. Making one is collective.
+
+    Parameters
+    ----------
+    process_group : ProcessGroup
+        NCCL where ``device`` is a GPU, gloo where it is the CPU; all its members take part.
+    store : Store
+        Shared by the same processes; it tells who is missing when a collective does not end.
+    num_ranks : int, optional
+        Ranks of the plan, a multiple of the number of processes; by default as many.
+    ranks_per_node : int, optional
+        Ranks of the plan on one node; by default all.
+    device : device
+    timeout_s : float
+        How long a step waits for its peers.
+    nodes : bool
+        Make the groups that exchanges by node need (:mod:`eplb.runtime.ep.exchange`); a node has
+        to be whole processes then.
+
+    Attributes
+    ----------
+    control : ProcessGroup
+        The same processes over gloo, for words on the host.
+
+    Raises
+    ------
+    InvalidInput
+        Ranks do not divide evenly over processes or nodes.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup,
+        store: dist.Store,
+        *,
+        num_ranks: int | None = None,
+        ranks_per_node: int | None = None,
+        device: torch.device | str = "cpu",
+        timeout_s: float = 60.0,
+        nodes: bool = False,
+    ) -> None:
+        self.process_group = process_group
+        self.store = store
+        self.process = dist.get_rank(process_group)
+        self.num_processes = dist.get_world_size(process_group)
+        self.num_ranks = self.num_processes if num_ranks is None else num_ranks
+        self.ranks_per_node = self.num_ranks if ranks_per_node is None else ranks_per_node
+        self.device = torch.device(device)
+        self.timeout_s = timeout_s
+        _check_division(self.num_ranks, self.num_processes, self.ranks_per_node)
+        self.num_nodes = self.num_ranks // self.ranks_per_node
+        self.ranks_per_process = self.num_ranks // self.num_processes
+        self.first_rank = self.process * self.ranks_per_process
+        self.control = dist.new_group(
+            dist.get_process_group_ranks(process_group),
+            backend="gloo",
+            timeout=timedelta(seconds=timeout_s),
+        )
+        self.node_group: dist.ProcessGroup | None = None
+        self.rail_group: dist.ProcessGroup | None = None
+        if nodes:
+            self._make_node_groups()
+
+    @classmethod
+    def from_environment(
+        cls,
+        *,
+        num_ranks: int | None = None,
+        ranks_per_node: int | None = None,
+        backend: str | None = None,
+        timeout_s: float = 60.0,
+        nodes: bool = False,
+    ) -> EPGroup:
+        """Start torch.distributed from what ``torchrun`` sets, and use all of its processes.
+
+        ``ranks_per_node`` is by default what torchrun's LOCAL_WORLD_SIZE makes of it; ``backend``
+        is NCCL where there are GPUs, otherwise gloo.
+
+        Raises
+        ------
+        InvalidInput
+            torchrun's variables are not set, or the backend is neither.
+        """
+        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+        if missing:
+            raise InvalidInput(
+                f"{', '.join(missing)} not set in the environment; start the program by torchrun"
+            )
+        backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+        if backend not in {"nccl", "gloo"}:
+            raise InvalidInput(f"backend {backend!r} is not known; use nccl or gloo")
+        store, process, num_processes = next(
+            dist.rendezvous("env://", timeout=timedelta(seconds=max(timeout_s, 60.0)))
+        )
+        device = torch.device("cpu")
+        if backend == "nccl":
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", process)))
+            torch.cuda.set_device(device)
+        dist.init_process_group(
+            backend,
+            store=dist.PrefixStore("eplb", store),
+            rank=process,
+            world_size=num_processes,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if backend == "nccl" else None,
+        )
+        if ranks_per_node is None:
+            local = int(os.environ.get("LOCAL_WORLD_SIZE", num_processes))
+            ranks_per_node = (num_ranks or num_processes) * local // num_processes
+        return cls(
+            _world(),
+            dist.PrefixStore("eplb-roll-call", store),
+            num_ranks=num_ranks,
+            ranks_per_node=ranks_per_node,
+            device=device,
+            timeout_s=timeout_s,
+            nodes=nodes,
+        )
+
+    @property
+    def ranks(self) -> range:
+        """Ranks of the plan that this process holds."""
+        return range(self.first_rank, self.first_rank + self.ranks_per_process)
+
+    @property
+    def node(self) -> int:
+        """Node of this process' first rank."""
+        return self.first_rank // self.ranks_per_node
+
+    def process_of(self, rank: int) -> int:
+        """Return the process that holds a rank."""
+        return rank // self.ranks_per_process
+
+    def node_of(self, rank: int) -> int:
+        """Return the node of a rank."""
+        return rank // self.ranks_per_node
+
+    def gather_text(self, text: str) -> list[str]:
+        """Return what every process gave, in order. Collective, on the host."""
+        found: list[str] = [""] * self.num_processes
+        with self.watched("agreement"):
+            dist.all_gather_object(found, text, group=self.control)
+        return found
+
+    def barrier(self) -> None:
+        """Wait until every process is here. Collective, on the host."""
+        with self.watched("barrier"):
+            dist.barrier(group=self.control)
+
+    @contextmanager
+    def watched(self, what: str) -> Iterator[None]:
+        """Turn the failure of a collective into an error that names who is missing.
+
+        Raises
+        ------
+        ServingFailed
+            A peer stayed away until the timeout, or its connection broke.
+        """
+        start = time.monotonic()
+        try:
+            yield
+        except (RuntimeError, TimeoutError) as error:
+            raise self.failure(what, time.monotonic() - start) from error
+
+    def wait(self, event: torch.cuda.Event, what: str) -> None:
+        """Wait on the host for an event on the device, for as long as a step may take.
+
+        A collective of NCCL whose peer is gone never ends, so nothing may wait for it blindly.
+
+        Raises
+        ------
+        ServingFailed
+            It took longer than ``timeout_s``.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise self.failure(what, self.timeout_s)
+
+    def failure(self, what: str, waited_s: float) -> ServingFailed:
+        """Return the error of a collective that failed, with the processes that are missing.
+
+        Each process that finds a failure says so in the store; who does not is stalled or gone.
+        """
+        missing = self._roll_call()
+        who = (
+            f"no word from process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))}"
+            if missing
+            else "every process reports it"
+        )
+        return ServingFailed(
+            f"{what}: process {self.process} waited {waited_s:.1f} s (timeout_s "
+            f"{self.timeout_s:g}) for its peers, {who}; restart the group without what stalled, "
+            "or give a longer timeout_s"
+        )
+
+    def _roll_call(self) -> list[int]:
+        try:
+            self.store.set(f"failed/{self.process}", "1")
+            absent = set(range(self.num_processes))
+            deadline = time.monotonic() + ROLL_CALL_S
+            while absent and time.monotonic() < deadline:
+                absent -= {p for p in absent if self.store.check([f"failed/{p}"])}
+                time.sleep(0.02)
+        except RuntimeError:
+            # The store went with the process that held it, the first.
+            return [0]
+        return sorted(absent)
+
+    def _make_node_groups(self) -> None:
+        """Make the groups of one node, and of the processes at one place in their nodes."""
+        if self.ranks_per_node % self.ranks_per_process:
+            raise InvalidInput(
+                f"a node of {self.ranks_per_node} ranks is not whole processes of "
+                f"{self.ranks_per_process} ranks; exchanges by node need that"
+            )
+        members = dist.get_process_group_ranks(self.process_group)
+        per_node = self.ranks_per_node // self.ranks_per_process
+        backend = dist.get_backend(self.process_group)
+        timeout = timedelta(seconds=self.timeout_s)
+        nodes = [members[i : i + per_node] for i in range(0, len(members), per_node)]
+        rails = [members[i::per_node] for i in range(per_node)]
+        for group in nodes:
+            made = dist.new_group(group, backend=backend, timeout=timeout)
+            if members[self.process] in group:
+                self.node_group = made
+        for group in rails:
+            made = dist.new_group(group, backend=backend, timeout=timeout)
+            if members[self.process] in group:
+                self.rail_group = made
+
+
+def _world() -> dist.ProcessGroup:
+    group = dist.group.WORLD
+    assert group is not None
+    return group
+
+
+def _check_division(num_ranks: int, num_processes: int, ranks_per_node: int) -> None:
+    if num_ranks < 1 or num_ranks % num_processes:
+        raise InvalidInput(
+            f"num_ranks ({num_ranks}) must be a multiple of the {num_processes} processes; start "
+            "as many processes as there are ranks, or a divisor of them"
+        )
+    if ranks_per_node < 1 or num_ranks % ranks_per_node:
+        raise InvalidInput(
+            f"num_ranks ({num_ranks}) must be divisible by ranks_per_node ({ranks_per_node})"
+        )

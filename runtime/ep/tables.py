@@ -1,0 +1,187 @@
+"""The placement of one layer as its processes use it, on the device.
+
+:class:`PlacementTables` are made from a plan beside the running layer; putting them in force is
+one copy into a block of memory that stays where it is.
+Shape letters: E logical experts, S slots, V ranks of this process, T tokens, K top-k, P = T x K.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from eplb.arrays import IntArray
+from eplb.errors import InvalidInput, PlacementInvalid
+from eplb.plan import Plan
+from eplb.replicas import (
+    UNIT_BITS,
+    replica_bounds,
+    source_share,
+    step_offset,
+    token_offset,
+)
+from eplb.runtime.ep.group import EPGroup
+
+__all__ = ["PlacementTables"]
+
+_UNIT = 1 << UNIT_BITS
+
+
+class PlacementTables:
+    """Which slot each token goes to, for the ranks of this process.
+
+    Made by :meth:`of_plan`. All there is on the device is ``block``, int64 [3, V * S or more]:
+    bounds of replicas (:mod:`eplb.replicas`), their slots, and offsets of tokens.
+
+    Attributes
+    ----------
+    phys_to_log_S : array of int
+        Logical expert in each slot of the layer, over all ranks.
+    digest : str
+        Of the plan.
+    """
+
+    def __init__(
+        self,
+        *,
+        block: torch.Tensor,
+        layer_id: int,
+        phys_to_log_S: IntArray,
+        num_experts: int,
+        slots_per_rank: int,
+        num_sources: int,
+        split: str,
+        digest: str,
+    ) -> None:
+        self.block = block
+        self.layer_id = layer_id
+        self.phys_to_log_S = phys_to_log_S
+        self.num_experts = num_experts
+        self.slots_per_rank = slots_per_rank
+        self.num_sources = num_sources
+        self.split = split
+        self.digest = digest
+
+    @classmethod
+    def of_plan(
+        cls, plan: Plan, layer_id: int, group: EPGroup, *, split: str | None = None
+    ) -> PlacementTables:
+        """Return the tables of one layer; nothing waits for the device.
+
+        Parameters
+        ----------
+        plan : Plan
+        layer_id : int
+            Absolute decoder layer id.
+        group : EPGroup
+        split : str, optional
+            Another rule than the plan's.
+
+        Raises
+        ------
+        InvalidInput
+            The plan's ranks or nodes are not the group's, or the rule has no fixed fractions.
+        PlacementInvalid
+            The layer is not in the plan.
+        """
+        topology = plan.topology
+        if (topology.num_ranks, topology.ranks_per_node) != (
+            group.num_ranks,
+            group.ranks_per_node,
+        ):
+            raise InvalidInput(
+                f"the plan is for {topology.num_ranks} ranks, {topology.ranks_per_node} a node, "
+                f"and this group has {group.num_ranks}, {group.ranks_per_node} a node; plan for "
+                "this group"
+            )
+        if layer_id not in plan.placement.layer_ids:
+            raise PlacementInvalid(
+                f"layer {layer_id} is not in the plan, whose layers are "
+                f"{plan.placement.layer_ids[0]} to {plan.placement.layer_ids[-1]}"
+            )
+        placement, num_experts = plan.placement, plan.model.num_experts
+        row = placement.layer_ids.index(layer_id)
+        slots_S = placement.phys_to_log_LS[row]
+        weights_S = None
+        if placement.split_weights_LS is not None:
+            weights_S = placement.split_weights_LS[row]
+        rule = split or plan.split
+        num_sources = group.ranks_per_process
+        width = max(len(slots_S), num_experts)
+        block = np.zeros((3, num_sources, width), dtype=np.int64)
+        for source, rank in enumerate(group.ranks):
+            share_S = source_share(slots_S, num_experts, topology, rule, rank, weights_S)
+            bounds = replica_bounds(slots_S, share_S)
+            used = len(bounds.slot_X)
+            # Behind those in use: what no token reaches before it reaches the last slot's part.
+            block[0, source, :] = (num_experts << UNIT_BITS) - 1
+            block[0, source, :used] = bounds.bound_X
+            block[0, source] += (source * num_experts) << UNIT_BITS
+            block[1, source, :] = bounds.slot_X[-1]
+            block[1, source, :used] = bounds.slot_X
+            block[2, source, :num_experts] = token_offset(rank, layer_id, num_experts)
+        return cls(
+            block=torch.from_numpy(block).to(group.device, non_blocking=True),
+            layer_id=layer_id,
+            phys_to_log_S=slots_S,
+            num_experts=num_experts,
+            slots_per_rank=topology.slots_per_rank,
+            num_sources=num_sources,
+            split=rule,
+            digest=plan.digest(),
+        )
+
+    def clone(self) -> PlacementTables:
+        """Return tables with a block of their own."""
+        copy = object.__new__(PlacementTables)
+        copy.__dict__.update(self.__dict__)
+        copy.block = self.block.clone()
+        return copy
+
+    def install(self, other: PlacementTables) -> None:
+        """Become ``other``: one copy on the current stream, behind steps that were launched before.
+
+        Raises
+        ------
+        InvalidInput
+            They are of another layer, shape or number of ranks.
+        """
+        same = self.layer_id, self.num_experts, self.slots_per_rank, self.block.shape
+        its = other.layer_id, other.num_experts, other.slots_per_rank, other.block.shape
+        if same != its:
+            raise InvalidInput(
+                f"tables of layer {other.layer_id} ({other.num_experts} experts, "
+                f"{other.slots_per_rank} slots a rank) cannot replace those of layer "
+                f"{self.layer_id} ({self.num_experts} experts, {self.slots_per_rank} slots a rank)"
+            )
+        self.block.copy_(other.block)
+        self.phys_to_log_S, self.split, self.digest = (
+            other.phys_to_log_S, other.split, other.digest
+        )  # fmt: skip
+
+    def choose_slots(self, topk_TK: torch.Tensor, step: int = 0) -> torch.Tensor:
+        """Return the slot that each token goes to for each of its experts, int64 [T, K].
+
+        Tokens belong to the process' ranks in equal parts, in order. The same function as
+        :func:`eplb.replicas.choose_slots`; nothing waits for the device.
+        """
+        num_tokens, top_k = topk_TK.shape
+        E, V = self.num_experts, self.num_sources
+        bound_VX, slot_VX = self.block[0].flatten(), self.block[1].flatten()
+        offset_VE = self.block[2, :, :E].flatten()
+        expert_TK = topk_TK.long()
+        if V > 1:
+            source_T = torch.arange(num_tokens, device=topk_TK.device) * V // max(num_tokens, 1)
+            expert_TK = torch.where(expert_TK < 0, -1, expert_TK + source_T[:, None] * E)
+        key_P = torch.where(expert_TK < 0, V * E, expert_TK).flatten()
+        sorted_P, order_P = torch.sort(key_P, stable=True)
+        every = torch.arange(V * E + 2, device=key_P.device)
+        first_E = torch.searchsorted(sorted_P, every)
+        count_E = first_E.diff().clamp_(min=1)
+        place_P = torch.arange(len(key_P), device=key_P.device) - first_E[sorted_P]
+        nth_P = torch.empty_like(key_P).scatter_(0, order_P, place_P)
+        shift_E = torch.nn.functional.pad((offset_VE + step_offset(step)) % _UNIT, (0, 1))
+        place_P = ((nth_P << UNIT_BITS) + shift_E[key_P]) // count_E[key_P]
+        found_P = torch.searchsorted(bound_VX, (key_P << UNIT_BITS) + place_P, right=True) - 1
+        slot_P = torch.where(key_P < V * E, slot_VX[found_P], -1)
+        return slot_P.view(num_tokens, top_k)
