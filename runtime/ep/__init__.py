@@ -1,4 +1,4 @@
-"""Expert parallelism on torch.distributed: slots, placement tables, and the layer that runs them."""
+"""Expert parallelism on torch.distributed: slots, placement tables, and the layer over them."""
 
 if __name__ != "eplb.runtime.ep":
     raise ImportError(

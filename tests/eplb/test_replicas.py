@@ -1,4 +1,4 @@
-"""Choosing replicas: fractions in expectation, to within a token in every step, the same on torch."""
+"""Choosing replicas: the rules' fractions in expectation, and to within a token in every step."""
 
 from __future__ import annotations
 

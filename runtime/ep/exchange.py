@@ -1,0 +1,224 @@
+"""One all-to-all with exact sizes, there and back: a token crosses once to each part it needs.
+
+A *part* is what a row is sent to: a rank, or in the first hop of an exchange by node, a node. A row
+carries the token's activations as bytes, and which slots of the part it is for with what weights.
+Behind the rows come their sums, which are added up in the order of parts.
+Sizes are first exchanged as counts, together with two words of which every process learns the
+minimum; the host reads it all with one copy, which is where it waits for its peers.
+Shape letters: T tokens, K top-k, P parts, C processes, N rows, B bytes, H hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from eplb.runtime.ep.group import EPGroup
+from eplb.runtime.ep.rows import gather_rows, sum_rows
+
+__all__ = ["NUM_WORDS", "Crossing", "Hop", "Received"]
+
+# Rows of bytes start at multiples of this, for wide loads and views of any type.
+ROW_ALIGNMENT_BYTES = 16
+NUM_WORDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """Between which processes rows go, and which slots are of which part.
+
+    Parameters
+    ----------
+    process_group : ProcessGroup
+    first_slot : int
+        Of the first part.
+    slots_per_part, num_parts : int
+        Parts divide evenly over the processes, in order.
+    """
+
+    process_group: dist.ProcessGroup
+    first_slot: int
+    slots_per_part: int
+    num_parts: int
+
+    @property
+    def parts_per_process(self) -> int:
+        """Parts that a process receives for."""
+        return self.num_parts // dist.get_world_size(self.process_group)
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """Rows that arrived, in order of their source process and, of one, of part and token.
+
+    Parameters
+    ----------
+    bytes_NB : Tensor of uint8
+    slot_NK : Tensor of int32
+        Slots that the row is for, -1 for none.
+    weight_NK : Tensor of float32
+    num_pairs : int
+        How many slots are named in all.
+    """
+
+    bytes_NB: torch.Tensor
+    slot_NK: torch.Tensor
+    weight_NK: torch.Tensor
+    num_pairs: int
+
+
+class Crossing:
+    """Rows of one batch on their way through a hop and back.
+
+    Call :meth:`count`, :meth:`post`, :meth:`receive`, :meth:`post_back` and :meth:`finish` in this
+    order; ``post`` and ``post_back`` start what the next call waits for.
+
+    Attributes
+    ----------
+    words : tuple of int
+        After ``post``: the minimum of each word over the processes of the hop.
+    rows_CP, pairs_CP : list of list of int
+        After ``post``: rows and token-expert pairs from each process to each of the own parts.
+    """
+
+    def __init__(self, group: EPGroup, hop: Hop, what: str) -> None:
+        self._group, self._hop, self._what = group, hop, what
+        self.words: tuple[int, ...] = ()
+        self.rows_CP: list[list[int]] = []
+        self.pairs_CP: list[list[int]] = []
+        self._send_rows: list[int] = []
+        self._receive_rows: list[int] = []
+        self._work: dist.Work | None = None
+
+    def count(self, slot_TK: torch.Tensor, weight_TK: torch.Tensor, words: torch.Tensor) -> None:
+        """Say how many rows go where; ``words`` is int64 [NUM_WORDS] on the device."""
+        hop, device = self._hop, slot_TK.device
+        P, per_process = hop.num_parts, hop.parts_per_process
+        C, T = P // per_process, len(slot_TK)
+        part_TK = torch.where(
+            slot_TK >= 0, (slot_TK - hop.first_slot) // hop.slots_per_part, P
+        ).long()
+        # Parts in order, each once a token; P stands for none.
+        order_TK = part_TK.sort(dim=1).values
+        again_TK = torch.zeros_like(order_TK, dtype=torch.bool)
+        again_TK[:, 1:] = order_TK[:, 1:] == order_TK[:, :-1]
+        needed_TP = torch.zeros(T, P + 1, dtype=torch.bool, device=device).scatter_(
+            1, part_TK, value=True
+        )
+        needed_PT = needed_TP[:, :P].t().contiguous()
+        row_PT = needed_PT.flatten().cumsum(0).view(P, T) - 1
+        index_TK = row_PT.t().gather(1, order_TK.clamp(max=P - 1)) if T else order_TK
+        self._index_TK = torch.where((order_TK < P) & ~again_TK, index_TK, -1)
+        self._needed_PT, self._row_PT, self._part_TK = needed_PT, row_PT, part_TK
+        self._slot_TK, self._weight_TK = slot_TK, weight_TK
+        pairs_P = torch.zeros(P + 1, dtype=torch.int64, device=device).scatter_add_(
+            0, part_TK.flatten(), torch.ones_like(part_TK).flatten()
+        )
+        counts_CX = torch.cat(
+            [
+                needed_PT.sum(1).view(C, per_process),
+                pairs_P[:P].view(C, per_process),
+                words.expand(C, NUM_WORDS),
+            ],
+            dim=1,
+        )
+        received_CX = torch.empty_like(counts_CX)
+        with self._group.watched(f"counts of {self._what}"):
+            self._work = dist.all_to_all_single(
+                received_CX, counts_CX, group=hop.process_group, async_op=True
+            )
+        self._counts = counts_CX, received_CX
+
+    def post(self, bytes_TB: torch.Tensor) -> None:
+        """Wait for the counts and start the rows on their way."""
+        counts, hop = self._read_counts(), self._hop
+        per_process = hop.parts_per_process
+        sent_CX, received_CX = counts
+        self._send_rows = sent_CX[:, :per_process].sum(1).tolist()
+        self.rows_CP = received_CX[:, :per_process].tolist()
+        self.pairs_CP = received_CX[:, per_process : 2 * per_process].tolist()
+        self._receive_rows = [sum(rows) for rows in self.rows_CP]
+        self.words = tuple(received_CX[:, 2 * per_process :].amin(0).tolist())
+        sent_NB = self._pack(bytes_TB, sum(self._send_rows))
+        self._num_bytes = bytes_TB.shape[1]
+        self._received_NB = sent_NB.new_empty(sum(self._receive_rows), sent_NB.shape[1])
+        self._start(self._received_NB, sent_NB, self._receive_rows, self._send_rows, "dispatch")
+
+    def receive(self) -> Received:
+        """Return the rows once they are there (on a GPU: before what is launched next)."""
+        self._finish_work("dispatch")
+        K, size = self._slot_TK.shape[1], self._num_bytes
+        meta = -(-size // ROW_ALIGNMENT_BYTES) * ROW_ALIGNMENT_BYTES
+        rows_NB = self._received_NB
+        return Received(
+            bytes_NB=rows_NB[:, :size],
+            slot_NK=rows_NB[:, meta : meta + 4 * K].view(torch.int32),
+            weight_NK=rows_NB[:, meta + 4 * K : meta + 8 * K].view(torch.float32),
+            num_pairs=sum(map(sum, self.pairs_CP)),
+        )
+
+    def post_back(self, sums_NH: torch.Tensor) -> None:
+        """Start the results of the received rows on their way back."""
+        self._returned_NH = sums_NH.new_empty(sum(self._send_rows), sums_NH.shape[1])
+        self._start(self._returned_NH, sums_NH, self._send_rows, self._receive_rows, "combine")
+
+    def finish(self, dtype: torch.dtype) -> torch.Tensor:
+        """Return the sum of each token's results over its parts, in order, [T, H]."""
+        self._finish_work("combine")
+        return sum_rows(self._returned_NH, self._index_TK, dtype=dtype)
+
+    def _read_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
+        what = f"counts of {self._what}"
+        self._finish_work("counts")
+        both = torch.stack(self._counts)
+        if both.is_cuda:
+            host = torch.empty(both.shape, dtype=both.dtype, pin_memory=True)
+            host.copy_(both, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._group.wait(event, what)
+            both = host
+        return both[0], both[1]
+
+    def _pack(self, bytes_TB: torch.Tensor, num_rows: int) -> torch.Tensor:
+        """Return rows to send, in order of part and token: activations, slots, weights."""
+        K, size = self._slot_TK.shape[1], bytes_TB.shape[1]
+        P, T = self._needed_PT.shape
+        meta = -(-size // ROW_ALIGNMENT_BYTES) * ROW_ALIGNMENT_BYTES
+        width = meta + -(-8 * K // ROW_ALIGNMENT_BYTES) * ROW_ALIGNMENT_BYTES
+        # One place more, where all go that are not sent.
+        place_PT = torch.where(self._needed_PT, self._row_PT, num_rows).flatten()
+        number_PT = torch.arange(P * T, device=place_PT.device)
+        source_N = torch.zeros(num_rows + 1, dtype=torch.int64, device=place_PT.device)
+        source_N = source_N.scatter_(0, place_PT, number_PT)[:num_rows]
+        token_N, part_N = source_N % max(T, 1), source_N // max(T, 1)
+        rows_NB = torch.empty(num_rows, width, dtype=torch.uint8, device=place_PT.device)
+        gather_rows(bytes_TB, token_N, rows_NB[:, :size])
+        own_NK = self._part_TK[token_N] == part_N[:, None]
+        slot_NK = torch.where(own_NK, self._slot_TK[token_N], -1)
+        rows_NB[:, meta : meta + 4 * K].view(torch.int32).copy_(slot_NK)
+        weights = rows_NB[:, meta + 4 * K : meta + 8 * K].view(torch.float32)
+        weights.copy_(self._weight_TK[token_N])
+        return rows_NB
+
+    def _start(
+        self,
+        output: torch.Tensor,
+        input_: torch.Tensor,
+        output_rows: list[int],
+        input_rows: list[int],
+        what: str,
+    ) -> None:
+        with self._group.watched(f"{what} of {self._what}"):
+            self._work = dist.all_to_all_single(
+                output, input_, output_rows, input_rows,
+                group=self._hop.process_group, async_op=True,
+            )  # fmt: skip
+
+    def _finish_work(self, what: str) -> None:
+        work, self._work = self._work, None
+        assert work is not None, "called out of order"
+        with self._group.watched(f"{what} of {self._what}"):
+            work.wait()

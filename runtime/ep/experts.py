@@ -1,0 +1,131 @@
+"""The experts of a process' slots, computed together on rows sorted by slot.
+
+An expert is a gated feed-forward network: ``w2 @ (act(g) * u)`` with ``[g, u] = w13 @ x``. Its
+tensors are ``w13`` [2 x I, H] and ``w2`` [H, I]; optional are biases ``b13``, ``b2``, and scales
+``w13_scale``, ``w2_scale`` of FP8 weights, one for each block of 128 x 128 (as DeepSeek-V3 ships).
+Shape letters: P rows (token-expert pairs), H hidden size, I intermediate size, S slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+from eplb.errors import InvalidInput
+from eplb.runtime.ep.expert_slots import ExpertLayout, ExpertSlots
+from eplb.runtime.ep.payload import BLOCK
+
+__all__ = ["Activation", "compute_experts", "gated_layout", "gated_silu", "run_expert"]
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+def gated_layout(
+    hidden_size: int,
+    intermediate_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    biases: bool = False,
+) -> ExpertLayout:
+    """Return the layout of a gated expert; FP8 weights come with their scales."""
+    shapes = {"w13": (2 * intermediate_size, hidden_size), "w2": (hidden_size, intermediate_size)}
+    tensors = {name: (shape, dtype) for name, shape in shapes.items()}
+    if dtype.itemsize == 1:
+        for name, (rows, columns) in shapes.items():
+            tensors[f"{name}_scale"] = (
+                (-(-rows // BLOCK), -(-columns // BLOCK)), torch.float32,
+            )  # fmt: skip
+    if biases:
+        wide = torch.bfloat16 if dtype.itemsize == 1 else dtype
+        tensors["b13"] = ((2 * intermediate_size,), wide)
+        tensors["b2"] = ((hidden_size,), wide)
+    return ExpertLayout(tensors)
+
+
+def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
+    """Return ``silu(g) * u`` of rows ``[g, u]``."""
+    if gate_up.is_cuda:
+        from eplb.runtime.ep import kernels  # noqa: PLC0415  (Triton is there with GPUs only)
+
+        return kernels.gated_silu(gate_up)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def run_expert(
+    x: torch.Tensor, tensors: dict[str, torch.Tensor], activation: Activation
+) -> torch.Tensor:
+    """Return what one expert makes of rows, in their type."""
+    hidden = functional.linear(x, _weight(tensors, "w13", x.dtype), tensors.get("b13"))
+    return functional.linear(activation(hidden), _weight(tensors, "w2", x.dtype), tensors.get("b2"))
+
+
+def compute_experts(
+    x_PH: torch.Tensor,
+    slot_P: torch.Tensor,
+    slots: ExpertSlots,
+    activation: Activation,
+) -> torch.Tensor:
+    """Return what the experts of the rows' slots make of them, [P, H].
+
+    Parameters
+    ----------
+    x_PH : Tensor
+        Rows sorted by slot.
+    slot_P : Tensor of int
+        Slot of each row, of this process' slots.
+    slots : ExpertSlots
+    activation : callable
+        Of ``[g, u]``, shape [P, 2 x I], to [P, I].
+    """
+    if not len(x_PH):
+        return x_PH
+    tensors = {name: slots.tensor(name) for name in slots.layout.fields}
+    edges = torch.arange(slots.num_slots, device=slot_P.device)
+    end_S = torch.searchsorted(slot_P, edges, right=True)
+    if not x_PH.is_cuda:
+        return _one_by_one(x_PH, end_S.tolist(), tensors, activation)
+    offsets = end_S.to(torch.int32)
+    w13 = _weight(tensors, "w13", x_PH.dtype).transpose(1, 2)
+    hidden = functional.grouped_mm(x_PH, w13, offs=offsets)
+    if "b13" in tensors:
+        hidden += tensors["b13"][slot_P]
+    w2 = _weight(tensors, "w2", x_PH.dtype).transpose(1, 2)
+    out = functional.grouped_mm(activation(hidden), w2, offs=offsets)
+    if "b2" in tensors:
+        out += tensors["b2"][slot_P]
+    return out
+
+
+def _one_by_one(
+    x_PH: torch.Tensor,
+    end_S: list[int],
+    tensors: dict[str, torch.Tensor],
+    activation: Activation,
+) -> torch.Tensor:
+    out_PH = torch.empty_like(x_PH)
+    begin = 0
+    for slot, end in enumerate(end_S):
+        if end > begin:
+            of_slot = {name: tensor[slot] for name, tensor in tensors.items()}
+            out_PH[begin:end] = run_expert(x_PH[begin:end], of_slot, activation)
+        begin = end
+    return out_PH
+
+
+def _weight(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype) -> torch.Tensor:
+    """Return a weight as it is multiplied: FP8 is multiplied out with its scales."""
+    weight = tensors[name]
+    if weight.dtype == dtype:
+        return weight
+    if f"{name}_scale" not in tensors:
+        raise InvalidInput(
+            f"weights {name!r} are {weight.dtype} and activations {dtype}; give the layer a "
+            f"payload of the weights' type, or {name}_scale with FP8 weights"
+        )
+    scale = tensors[f"{name}_scale"]
+    scale = scale.repeat_interleave(BLOCK, -2)[..., : weight.shape[-2], :]
+    scale = scale.repeat_interleave(BLOCK, -1)[..., : weight.shape[-1]]
+    return (weight.float() * scale).to(dtype)

@@ -1,0 +1,192 @@
+"""What spawned processes do in the tests of the expert-parallel layer.
+
+It is a module of its own because spawned processes import it by name.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from eplb.model import MoEModel
+from eplb.plan import Plan
+from eplb.runtime.ep.expert_slots import ExpertSlots
+from eplb.runtime.ep.experts import gated_layout
+from eplb.runtime.ep.group import EPGroup
+from eplb.runtime.ep.layer import EPMoELayer
+from eplb.runtime.ep.reference import reference_output, relative_error
+from eplb.runtime.ep.tables import PlacementTables
+from eplb.slots import Placement
+from eplb.topology import Topology
+
+LAYER_ID = 3
+
+
+def start(
+    process: int, num_processes: int, folder: str, *, timeout_s: float = 60.0, **more
+) -> EPGroup:
+    store = dist.FileStore(f"{folder}/store", num_processes)
+    dist.init_process_group(
+        "gloo", store=dist.PrefixStore("world", store), rank=process, world_size=num_processes,
+        timeout=timedelta(seconds=timeout_s),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    return EPGroup(dist.group.WORLD, dist.PrefixStore("calls", store), timeout_s=timeout_s, **more)
+
+
+def _entry(process, work, num_processes, folder, arguments):
+    try:
+        work(process, num_processes, folder, *arguments)
+    except BaseException:
+        (Path(folder) / f"error{process}").write_text(traceback.format_exc())
+        # Other processes wait for this one in collectives; end it at once.
+        os._exit(1)
+
+
+def spawn(work, num_processes, folder, *arguments):
+    """Run ``work(process, num_processes, folder, *arguments)`` and show the first error."""
+    try:
+        multiprocessing.spawn(
+            _entry, (work, num_processes, str(folder), arguments), nprocs=num_processes
+        )
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException):
+        errors = sorted(Path(folder).glob("error*"), key=lambda path: path.stat().st_mtime)
+        raise AssertionError("\n".join(path.read_text() for path in errors)) from None
+
+
+def random_plan(rng, group, num_experts, top_k=None, *, split="even", extra=None):
+    """A plan of one layer: every expert somewhere, the other slots filled, repeated or empty."""
+    least = -(-num_experts // group.num_ranks)
+    slots_per_rank = least + (int(rng.integers(0, 3)) if extra is None else extra)
+    num_slots = slots_per_rank * group.num_ranks
+    row = np.full(num_slots, -1)
+    order = rng.permutation(num_slots)
+    row[order[:num_experts]] = rng.permutation(num_experts)
+    spare = order[num_experts:]
+    row[spare] = rng.integers(-1, num_experts, len(spare))
+    weights = None
+    if split == "weighted":
+        weights = np.where(row >= 0, rng.exponential(size=num_slots), 0.0)
+        total = np.bincount(row[row >= 0], weights[row >= 0], minlength=num_experts)
+        weights = np.where(row >= 0, weights / total[np.maximum(row, 0)], 0.0)[None]
+    model = MoEModel(name="toy", num_experts=num_experts, layer_ids=(LAYER_ID,), top_k=top_k)
+    return Plan(
+        model=model,
+        topology=Topology(
+            num_nodes=group.num_nodes,
+            ranks_per_node=group.ranks_per_node,
+            slots_per_rank=slots_per_rank,
+        ),
+        placement=Placement(
+            phys_to_log_LS=row[None], layer_ids=(LAYER_ID,), num_experts=num_experts,
+            split_weights_LS=weights,
+        ),
+        split=split,
+    )  # fmt: skip
+
+
+def make_expert(layout, seed, expert):
+    """The tensors of one logical expert, the same in every process."""
+    generator = torch.Generator().manual_seed(seed * 1000 + expert)
+    tensors = {}
+    for name, (shape, dtype) in layout.tensors.items():
+        value = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        if name.endswith("_scale"):
+            value = value.abs() + 0.1
+        tensors[name] = value.to(dtype)
+    return tensors
+
+
+def fill(slots, phys_to_log_S, first_slot, expert):
+    """Load the experts that a placement puts into this process' slots."""
+    for slot in range(slots.num_slots):
+        held = int(phys_to_log_S[first_slot + slot])
+        if held >= 0:
+            slots.load(slot, expert(held))
+
+
+def build(group, plan, seed, *, hidden=16, inner=8, dtype=torch.float32, biases=False, **more):
+    """A layer with random experts, whose router is given by ``layer.routing``."""
+    layout = gated_layout(hidden, inner, dtype, biases=biases)
+    tables = PlacementTables.of_plan(plan, LAYER_ID, group)
+    spr = plan.topology.slots_per_rank
+    slots = ExpertSlots(layout, spr * group.ranks_per_process)
+    expert = partial(make_expert, layout, seed)
+    fill(slots, tables.phys_to_log_S, group.first_rank * spr, expert)
+    queue = []
+    layer = EPMoELayer(group, tables, slots, lambda _: queue.pop(0), hidden_size=hidden, **more)
+    layer.routing = queue
+    return layer, expert
+
+
+def batch(rng, num_experts, hidden, top_k, num_tokens):
+    """Tokens with distinct experts each, some of them none, and weights."""
+    topk = np.argsort(rng.random((num_tokens, num_experts)), axis=1)[:, :top_k]
+    topk = np.where(rng.random(topk.shape) < 0.1, -1, topk)
+    return (
+        torch.from_numpy(rng.standard_normal((num_tokens, hidden)).astype(np.float32)),
+        torch.from_numpy(topk),
+        torch.from_numpy(rng.random((num_tokens, top_k)).astype(np.float32)),
+    )
+
+
+def check_batch(layer, expert, x, topk, weight, activation=None):
+    """One forward beside the reference; returns the error."""
+    pieces = layer.micro_batches if layer.micro_batches == 1 or len(x) > 1 else 1
+    layer.routing += list(zip(topk.chunk(pieces), weight.chunk(pieces), strict=True)) or [
+        (topk, weight)
+    ]
+    while len(layer.routing) < layer.micro_batches:
+        layer.routing.append((topk[:0], weight[:0]))
+    y = layer(x)
+    assert y.shape == x.shape
+    assert y.dtype == x.dtype
+    more = {} if activation is None else {"activation": activation}
+    return relative_error(y, reference_output(x, topk, weight, expert, **more))
+
+
+def conserve(layer, topk, group):
+    """Every token-expert pair arrived, once."""
+    pairs = torch.tensor([int((topk >= 0).sum()), sum(layer.received_pairs)])
+    dist.all_reduce(pairs, group=group.control)
+    assert pairs[0] == pairs[1], pairs
+
+
+def random_plans(process, num_processes, folder, options, seeds):
+    """Random plans under every rule, each with a batch or two."""
+    options = dict(options)
+    bound = options.pop("bound")
+    group_options = {
+        name: options.pop(name)
+        for name in ("num_ranks", "ranks_per_node", "nodes")
+        if name in options
+    }
+    group = start(process, num_processes, folder, **group_options)
+    worst = 0.0
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        num_experts = int(rng.integers(2, 17))
+        top_k = int(rng.integers(1, min(num_experts, 6) + 1))
+        split = ("even", "nearest", "weighted")[seed % 3]
+        plan = random_plan(rng, group, num_experts, top_k, split=split)
+        layer, expert = build(group, plan, seed, **options)
+        hidden = options.get("hidden", 16)
+        for step in range(2):
+            own = np.random.default_rng([seed, step, process])
+            num_tokens = int(own.choice([0, 1, 2, 7, 20]))
+            x, topk, weight = batch(own, num_experts, hidden, top_k, num_tokens)
+            layer.word = 10 * seed + process
+            worst = max(worst, check_batch(layer, expert, x, topk, weight))
+            assert layer.word_min == 10 * seed
+            conserve(layer, topk, group)
+    assert worst <= bound, worst
+    torch.save(worst, f"{folder}/worst{process}")
+    dist.destroy_process_group()
