@@ -178,7 +178,7 @@ class ExpertSlots:
     def _view(self, name: str) -> torch.Tensor:
         tensor = self.layout.fields[name]
         flat = self.rows[:, tensor.offset_bytes : tensor.offset_bytes + tensor.num_bytes]
-        return flat.view(tensor.dtype).unflatten(1, tensor.shape)
+        return flat.view(tensor.dtype).view(self.num_slots, *tensor.shape)
 
     def _check_slot(self, slot: int) -> None:
         if not 0 <= slot < self.num_slots:

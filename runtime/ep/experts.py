@@ -31,7 +31,9 @@ def gated_layout(
 ) -> ExpertLayout:
     """Return the layout of a gated expert; FP8 weights come with their scales."""
     shapes = {"w13": (2 * intermediate_size, hidden_size), "w2": (hidden_size, intermediate_size)}
-    tensors = {name: (shape, dtype) for name, shape in shapes.items()}
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        name: (shape, dtype) for name, shape in shapes.items()
+    }
     if dtype.itemsize == 1:
         for name, (rows, columns) in shapes.items():
             tensors[f"{name}_scale"] = (

@@ -15,6 +15,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from eplb.errors import InvalidInput, ServingFailed
 
@@ -58,7 +60,7 @@ class EPGroup:
     def __init__(
         self,
         process_group: dist.ProcessGroup,
-        store: dist.Store,
+        store: Store,
         *,
         num_ranks: int | None = None,
         ranks_per_node: int | None = None,
@@ -117,7 +119,7 @@ class EPGroup:
         if backend not in {"nccl", "gloo"}:
             raise InvalidInput(f"backend {backend!r} is not known; use nccl or gloo")
         store, process, num_processes = next(
-            dist.rendezvous("env://", timeout=timedelta(seconds=max(timeout_s, 60.0)))
+            rendezvous("env://", timeout=timedelta(seconds=max(timeout_s, 60.0)))
         )
         device = torch.device("cpu")
         if backend == "nccl":
@@ -125,7 +127,7 @@ class EPGroup:
             torch.cuda.set_device(device)
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("eplb", store),
+            store=PrefixStore("eplb", store),
             rank=process,
             world_size=num_processes,
             timeout=timedelta(seconds=timeout_s),
@@ -136,7 +138,7 @@ class EPGroup:
             ranks_per_node = (num_ranks or num_processes) * local // num_processes
         return cls(
             _world(),
-            dist.PrefixStore("eplb-roll-call", store),
+            PrefixStore("eplb-roll-call", store),
             num_ranks=num_ranks,
             ranks_per_node=ranks_per_node,
             device=device,
@@ -200,7 +202,7 @@ class EPGroup:
             It took longer than ``timeout_s``.
         """
         deadline = time.monotonic() + self.timeout_s
-        while not event.query():
+        while not event.query():  # type: ignore[no-untyped-call]
             if time.monotonic() > deadline:
                 raise self.failure(what, self.timeout_s)
 

@@ -8,6 +8,7 @@ Shape letters: N tokens, H hidden size, B bytes, G blocks of 128 values.
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from eplb.errors import unknown_name
 
@@ -49,7 +50,6 @@ class Payload:
         self.dtype = _TYPES[kind]
         blocks = -(-hidden_size // BLOCK)
         self.num_bytes = (
-            # Scales are float32 and want to lie at multiples of their size.
             -(-hidden_size // 4) * 4 + 4 * blocks
             if kind == "fp8"
             else hidden_size * self.dtype.itemsize
@@ -62,15 +62,17 @@ class Payload:
             return torch.empty(0, self.num_bytes, dtype=torch.uint8, device=x_NH.device)
         if self.kind != "fp8":
             return x_NH.to(self.dtype).contiguous().view(torch.uint8)
-        hidden, scales_at = self.hidden_size, -(-self.hidden_size // 4) * 4
         bytes_NB = torch.empty(len(x_NH), self.num_bytes, dtype=torch.uint8, device=x_NH.device)
-        blocks_NGB = torch.nn.functional.pad(x_NH.float(), (0, -hidden % BLOCK)).unflatten(
-            1, (-1, BLOCK)
-        )
-        scale_NG = blocks_NGB.abs().amax(dim=2).clamp_(min=1e-30) / FP8_MAX
-        scaled = (blocks_NGB / scale_NG[:, :, None]).flatten(1)[:, :hidden]
-        bytes_NB[:, :hidden] = scaled.to(torch.float8_e4m3fn).view(torch.uint8)
-        bytes_NB[:, scales_at:].view(torch.float32).copy_(scale_NG)
+        values_NH, scale_NG = self._fp8(bytes_NB)
+        if x_NH.is_cuda:
+            from eplb.runtime.ep import kernels  # noqa: PLC0415  (Triton is there with GPUs only)
+
+            kernels.encode_fp8(x_NH.contiguous(), values_NH, scale_NG)
+            return bytes_NB
+        blocks_NGB = self._blocks(x_NH.float())
+        scale_NG.copy_(blocks_NGB.abs().amax(dim=2).clamp_(min=1e-30) / FP8_MAX)
+        scaled_NH = (blocks_NGB / scale_NG[:, :, None]).flatten(1)[:, : self.hidden_size]
+        values_NH.copy_(scaled_NH.to(torch.float8_e4m3fn))
         return bytes_NB
 
     def decode(self, bytes_NB: torch.Tensor) -> torch.Tensor:
@@ -79,8 +81,22 @@ class Payload:
             return torch.empty(0, self.hidden_size, dtype=self.dtype, device=bytes_NB.device)
         if self.kind != "fp8":
             return bytes_NB.view(self.dtype)
-        hidden, scales_at = self.hidden_size, -(-self.hidden_size // 4) * 4
-        values_NH = bytes_NB[:, :hidden].view(torch.float8_e4m3fn).float()
-        scale_NG = bytes_NB[:, scales_at:].contiguous().view(torch.float32)
-        blocks = torch.nn.functional.pad(values_NH, (0, -hidden % BLOCK)).unflatten(1, (-1, BLOCK))
-        return (blocks * scale_NG[:, :, None]).flatten(1)[:, :hidden].to(self.dtype)
+        values_NH, scale_NG = self._fp8(bytes_NB)
+        if bytes_NB.is_cuda:
+            from eplb.runtime.ep import kernels  # noqa: PLC0415
+
+            return kernels.decode_fp8(values_NH, scale_NG, self.dtype)
+        scaled_NGB = self._blocks(values_NH.float()) * scale_NG[:, :, None]
+        return scaled_NGB.flatten(1)[:, : self.hidden_size].to(self.dtype)
+
+    def _fp8(self, bytes_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the values [N, H] and scales [N, G] in rows of bytes, as views."""
+        # Scales are float32 and lie at multiples of their size.
+        scales_at = -(-self.hidden_size // 4) * 4
+        values_NH = bytes_NB[:, : self.hidden_size].view(torch.float8_e4m3fn)
+        return values_NH, bytes_NB[:, scales_at:].view(torch.float32)
+
+    def _blocks(self, values_NH: torch.Tensor) -> torch.Tensor:
+        """Return values in blocks of 128, the last one filled up with zeros, [N, G, 128]."""
+        padded = functional.pad(values_NH, (0, -self.hidden_size % BLOCK))
+        return padded.view(len(values_NH), -1, BLOCK)

@@ -26,7 +26,7 @@ def reference_output(
     ``expert(e)`` returns the tensors of logical expert ``e``, which are converted to float32.
     """
     y_TH = torch.zeros(x_TH.shape, dtype=torch.float32, device=x_TH.device)
-    for e in topk_TK.unique().tolist():
+    for e in torch.unique(topk_TK).tolist():
         if e < 0:
             continue
         token, k = torch.nonzero(topk_TK == e, as_tuple=True)

@@ -8,25 +8,41 @@ torch = pytest.importorskip("torch")
 
 from ep_ranks import random_plans, spawn  # noqa: E402
 
+EXACT = {"payload": "fp32"}
+BY_NODE = {"ranks_per_node": 2, "nodes": True, "by_node": True}
+BF16 = {"hidden": 96, "inner": 64, "dtype": torch.bfloat16}
+FP8 = BF16 | {"payload": "fp8"}
+# Options, number of plans, largest error.
 CASES = {
-    "one process": (1, {"bound": 1e-5}),
-    "ranks": (4, {"bound": 1e-5}),
-    "virtual ranks": (2, {"bound": 1e-5, "num_ranks": 6, "ranks_per_node": 2}),
-    "by node": (4, {"bound": 1e-5, "ranks_per_node": 2, "nodes": True, "by_node": True}),
+    "ranks": (EXACT, 36, 1e-5),
+    "virtual ranks": (EXACT | {"num_ranks": 12, "ranks_per_node": 2}, 12, 1e-5),
+    "by node": (EXACT | BY_NODE, 9, 1e-5),
     "by node, virtual ranks": (
-        4,
-        {"bound": 1e-5, "num_ranks": 8, "ranks_per_node": 4, "nodes": True, "by_node": True},
+        EXACT | BY_NODE | {"num_ranks": 8, "ranks_per_node": 4}, 9, 1e-5
     ),
-    "two micro-batches": (3, {"bound": 1e-5, "micro_batches": 2}),
-    "two micro-batches by node": (
-        4,
-        {"bound": 1e-5, "ranks_per_node": 2, "nodes": True, "by_node": True, "micro_batches": 2},
-    ),
-}
+    "micro-batches": (EXACT | {"micro_batches": 2}, 9, 1e-5),
+    "micro-batches by node": (EXACT | BY_NODE | {"micro_batches": 2}, 6, 1e-5),
+    "biases": (EXACT | {"biases": True}, 6, 1e-5),
+    "bf16": (BF16, 12, 1e-2),
+    "fp8": (FP8, 12, 1e-2),
+    "fp8 weights": (BF16 | {"dtype": torch.float8_e4m3fn}, 6, 1e-2),
+    "fp8 by node": (FP8 | BY_NODE | {"micro_batches": 2}, 6, 1e-2),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    cases = {name: (options, range(number)) for name, (options, number, _) in CASES.items()}
+    spawn(random_plans, 4, folder, cases)
+    return torch.load(folder / "worst")
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_are_those_of_the_unsharded_layer(case, tmp_path):
-    num_processes, options = CASES[case]
-    payload = {"payload": "fp32"}
-    spawn(random_plans, num_processes, tmp_path, options | payload, range(30))
+def test_outputs_are_those_of_the_unsharded_layer(case, errors):
+    assert errors[case] <= CASES[case][2]
+
+
+def test_one_process_serves_by_itself(tmp_path):
+    spawn(random_plans, 1, tmp_path, {"alone": (EXACT | {"num_ranks": 4}, range(10))})
+    assert torch.load(tmp_path / "worst")["alone"] <= 1e-5
