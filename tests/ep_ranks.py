@@ -6,18 +6,23 @@ It is a module of its own because spawned processes import it by name.
 from __future__ import annotations
 
 import os
+import time
 import traceback
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from eplb.errors import InvalidInput, ServingFailed
 from eplb.model import MoEModel
 from eplb.plan import Plan
+from eplb.runtime.ep.agreement import agree_on_plan
 from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.experts import gated_layout
 from eplb.runtime.ep.group import EPGroup
@@ -42,6 +47,13 @@ def start(process: int, num_processes: int, folder: str, timeout_s: float = 60.0
 def make_group(num_processes: int, folder: str, name: str = "calls", **options) -> EPGroup:
     store = dist.PrefixStore(name, dist.FileStore(f"{folder}/calls", num_processes))
     return EPGroup(dist.group.WORLD, store, **options)
+
+
+def alone(folder: str) -> EPGroup:
+    """A group of this process only, with four ranks."""
+    process = dist.get_rank()
+    own = dist.new_group([process], use_local_synchronization=True)
+    return EPGroup(own, dist.FileStore(f"{folder}/alone{process}", 1), num_ranks=4)
 
 
 def _entry(process, work, num_processes, folder, arguments):
@@ -173,7 +185,10 @@ def random_plans(process, num_processes, folder, cases):
     for name, (options, seeds) in cases.items():
         group_options = {key: options[key] for key in GROUP_OPTIONS if key in options}
         layer_options = {key: options[key] for key in options if key not in GROUP_OPTIONS}
-        group = make_group(num_processes, folder, name, **group_options)
+        if name == "alone":
+            group = alone(folder)
+        else:
+            group = make_group(num_processes, folder, name, **group_options)
         worst[name] = max(random_plan_error(group, seed, layer_options) for seed in seeds)
     if process == 0:
         torch.save(worst, f"{folder}/worst")
@@ -206,3 +221,60 @@ def agreed_maximum(value, group):
     tensor = torch.tensor(value)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group.control)
     return float(tensor)
+
+
+def faults(process, num_processes, folder):
+    """What goes wrong while serving, and before it; the last of three processes stalls at the end."""
+    start(process, num_processes, folder, timeout_s=3.0)
+    group = make_group(num_processes, folder, timeout_s=3.0)
+    rng = np.random.default_rng(0)
+    plan = random_plan(rng, group, 6)
+    layer, expert = build(group, plan, 0, payload="fp32")
+    x, topk, weight = batch(np.random.default_rng(process), 6, 16, 2, 5)
+
+    # Plans that differ, and one that is for another model: all processes raise the same.
+    agree_on_plan(plan, plan.model, group)
+    other = random_plan(np.random.default_rng(1 + process // 2), group, 6, extra=1)
+    with pytest.raises(InvalidInput, match=r"different plans: .* on \[0, 1\]; .* on \[2\]"):
+        agree_on_plan(other, other.model, group)
+    served = replace(plan.model, revision="b")
+    planned = replace(plan, model=replace(plan.model, revision="a" if process == 1 else "b"))
+    with pytest.raises(InvalidInput, match=r"process 1: .* revision is a, and b is served"):
+        agree_on_plan(planned, served, group)
+
+    # Numbers that are none, on one process: all raise, and serve on.
+    for bad in (torch.nan, torch.inf):
+        spoilt = x.clone()
+        if process == 1:
+            spoilt[3, 5] = bad
+        with pytest.raises(ServingFailed, match="process 1 are not finite"):
+            check_batch(layer, expert, spoilt, topk, weight)
+        assert check_batch(layer, expert, x, topk, weight) < 1e-5
+
+    # Other tables change nothing in the output, and other layers' are refused.
+    calls = []
+    layer.before_step = lambda: calls.append(layer.step)
+    turned = random_plan(np.random.default_rng(9), group, 6, extra=plan.topology.slots_per_rank - 2)
+    tables = PlacementTables.of_plan(turned, LAYER_ID, group)
+    address = layer.tables.block.data_ptr()
+    fill(layer.slots, tables.phys_to_log_S, group.first_rank * tables.slots_per_rank, expert)
+    layer.install(tables)
+    assert check_batch(layer, expert, x, topk, weight) < 1e-5
+    assert layer.tables.block.data_ptr() == address
+    assert layer.tables.digest == turned.digest()
+    assert calls == [layer.step - 1]
+    wider = random_plan(np.random.default_rng(9), group, 6, extra=5)
+    with pytest.raises(InvalidInput, match="cannot replace those of layer 3"):
+        layer.install(PlacementTables.of_plan(wider, LAYER_ID, group))
+    assert layer.tables.digest == turned.digest()
+
+    # One stays away: the others say so, and who it is.
+    dist.barrier()
+    if process == 2:
+        time.sleep(9)
+        os._exit(0)
+    began = time.monotonic()
+    with pytest.raises(ServingFailed, match=r"counts of layer 3, .*no word from process 2"):
+        check_batch(layer, expert, x, topk, weight)
+    (Path(folder) / f"waited{process}").write_text(str(time.monotonic() - began))
+    os._exit(0)

@@ -80,11 +80,7 @@ class EPGroup:
         self.num_nodes = self.num_ranks // self.ranks_per_node
         self.ranks_per_process = self.num_ranks // self.num_processes
         self.first_rank = self.process * self.ranks_per_process
-        self.control = dist.new_group(
-            dist.get_process_group_ranks(process_group),
-            backend="gloo",
-            timeout=timedelta(seconds=timeout_s),
-        )
+        self.control = self._make_group(range(self.num_processes), "gloo")
         self.node_group: dist.ProcessGroup | None = None
         self.rail_group: dist.ProcessGroup | None = None
         if nodes:
@@ -243,20 +239,23 @@ class EPGroup:
                 f"a node of {self.ranks_per_node} ranks is not whole processes of "
                 f"{self.ranks_per_process} ranks; exchanges by node need that"
             )
-        members = dist.get_process_group_ranks(self.process_group)
         per_node = self.ranks_per_node // self.ranks_per_process
-        backend = dist.get_backend(self.process_group)
-        timeout = timedelta(seconds=self.timeout_s)
-        nodes = [members[i : i + per_node] for i in range(0, len(members), per_node)]
-        rails = [members[i::per_node] for i in range(per_node)]
-        for group in nodes:
-            made = dist.new_group(group, backend=backend, timeout=timeout)
-            if members[self.process] in group:
-                self.node_group = made
-        for group in rails:
-            made = dist.new_group(group, backend=backend, timeout=timeout)
-            if members[self.process] in group:
-                self.rail_group = made
+        backend = str(dist.get_backend(self.process_group))
+        first = self.process // per_node * per_node
+        self.node_group = self._make_group(range(first, first + per_node), backend)
+        rail = range(self.process % per_node, self.num_processes, per_node)
+        self.rail_group = self._make_group(rail, backend)
+
+    def _make_group(self, processes: range, backend: str) -> dist.ProcessGroup:
+        """Make a group of some of the processes, this one among them; the others take no part."""
+        made = dist.new_group(
+            [dist.get_global_rank(self.process_group, process) for process in processes],
+            backend=backend,
+            timeout=timedelta(seconds=self.timeout_s),
+            use_local_synchronization=True,
+        )
+        assert isinstance(made, dist.ProcessGroup)
+        return made
 
 
 def _world() -> dist.ProcessGroup:

@@ -20,6 +20,7 @@ from eplb.replicas import (
     step_offset,
     token_offset,
 )
+from eplb.runtime.ep.agreement import check_plan_of_group
 from eplb.runtime.ep.group import EPGroup
 
 __all__ = ["PlacementTables"]
@@ -84,22 +85,13 @@ class PlacementTables:
         PlacementInvalid
             The layer is not in the plan.
         """
-        topology = plan.topology
-        if (topology.num_ranks, topology.ranks_per_node) != (
-            group.num_ranks,
-            group.ranks_per_node,
-        ):
-            raise InvalidInput(
-                f"the plan is for {topology.num_ranks} ranks, {topology.ranks_per_node} a node, "
-                f"and this group has {group.num_ranks}, {group.ranks_per_node} a node; plan for "
-                "this group"
-            )
+        check_plan_of_group(plan, group)
         if layer_id not in plan.placement.layer_ids:
             raise PlacementInvalid(
                 f"layer {layer_id} is not in the plan, whose layers are "
                 f"{plan.placement.layer_ids[0]} to {plan.placement.layer_ids[-1]}"
             )
-        placement, num_experts = plan.placement, plan.model.num_experts
+        topology, placement, num_experts = plan.topology, plan.placement, plan.model.num_experts
         row = placement.layer_ids.index(layer_id)
         slots_S = placement.phys_to_log_LS[row]
         weights_S = None
