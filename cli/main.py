@@ -32,6 +32,7 @@ COMMANDS = {
     "report": "eplb.cli.report.command",
     "requests": "eplb.cli.requests",
     "resize": "eplb.cli.resize",
+    "selftest": "eplb.cli.selftest",
     "versions": "eplb.cli.versions",
 }
 

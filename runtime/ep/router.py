@@ -101,7 +101,9 @@ class SigmoidRouter(nn.Module):
         score_TE = torch.sigmoid(_logits(x_TH, self.weight))
         biased_TE = score_TE + self.bias
         if self.groups_per_token < self.num_groups:
-            biased_TGE = biased_TE.view(len(x_TH), self.num_groups, -1)
+            biased_TGE = biased_TE.view(
+                len(x_TH), self.num_groups, score_TE.shape[1] // self.num_groups
+            )
             group_TG = biased_TGE.topk(2, dim=2).values.sum(dim=2)
             best = group_TG.topk(self.groups_per_token, dim=1).indices
             allowed_TG = torch.zeros_like(group_TG, dtype=torch.bool).scatter_(1, best, value=True)
