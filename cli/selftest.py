@@ -72,7 +72,7 @@ def command(
     \b
     eplb selftest
     eplb selftest --ranks 32 --backend gloo --steps 200
-    torchrun --nnodes 2 --nproc-per-node 8 ... -m eplb.cli.main selftest
+    torchrun --nnodes 2 --nproc-per-node 8 ... --no-python eplb selftest
     """
     try:
         import torch

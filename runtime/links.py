@@ -12,9 +12,8 @@ from eplb.runtime.ep.group import EPGroup
 
 __all__ = ["measure_links"]
 
-# Large enough for full speed: research on NVLink and 400 Gb/s networks alike finds it from some ten
-# megabytes on; gloo copies through the host and is slow.
-_GPU_BYTES, _CPU_BYTES = 64 << 20, 4 << 20
+# Large enough that starting a collective does not count; gloo copies through the host and is slow.
+_GPU_BYTES, _CPU_BYTES = 512 << 20, 4 << 20
 _REPEATS = 10
 
 

@@ -41,7 +41,7 @@ NUM_EXPERTS, TOP_K = 24, 4
 NUM_GROUPS, GROUPS_PER_TOKEN = 4, 2
 SIZES = (0, 1, 3, 16, 33)
 STEPS_PER_PLAN = 3
-SPLITS = ("even", "nearest", "weighted")
+SPLITS = ("even", "nearest", "weighted", "batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -33,7 +33,7 @@ from eplb.slots import Placement
 from eplb.topology import Topology
 
 LAYER_ID = 3
-SPLITS = ("even", "nearest", "weighted")
+SPLITS = ("even", "nearest", "weighted", "batch")
 
 
 def start(process: int, num_processes: int, folder: str, timeout_s: float = 60.0) -> None:
@@ -175,6 +175,15 @@ def assert_nothing_lost(layer, topk, group):
     assert pairs[0] == pairs[1], pairs
 
 
+def assert_rounded(payload, bytes_NB, x_NH):
+    """FP8 keeps three bits of a mantissa, and nothing below 2**-9 of a block's largest / 448."""
+    blocks = torch.nn.functional.pad(x_NH, (0, -x_NH.shape[1] % 128)).view(len(x_NH), -1, 128)
+    scale = (blocks.abs().amax(2) / 448).repeat_interleave(128, 1)[:, : x_NH.shape[1]]
+    off = (payload.decode(bytes_NB).float() - x_NH).abs()
+    # Behind it comes the rounding to BF16.
+    assert (off <= x_NH.abs() * (1 / 16 + 1 / 256) + scale * 2.0**-9).all()
+
+
 GROUP_OPTIONS = ("num_ranks", "ranks_per_node", "nodes")
 
 
@@ -224,7 +233,7 @@ def agreed_maximum(value, group):
 
 
 def faults(process, num_processes, folder):
-    """What goes wrong while serving, and before it; the last of three processes stalls at the end."""
+    """What goes wrong before and while serving; the last of three processes stalls at the end."""
     start(process, num_processes, folder, timeout_s=3.0)
     group = make_group(num_processes, folder, timeout_s=3.0)
     rng = np.random.default_rng(0)

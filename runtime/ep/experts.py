@@ -60,8 +60,9 @@ def run_expert(
     x: torch.Tensor, tensors: dict[str, torch.Tensor], activation: Activation
 ) -> torch.Tensor:
     """Return what one expert makes of rows, in their type."""
-    hidden = functional.linear(x, _weight(tensors, "w13", x.dtype), tensors.get("b13"))
-    return functional.linear(activation(hidden), _weight(tensors, "w2", x.dtype), tensors.get("b2"))
+    hidden = functional.linear(x, _weight(tensors, "w13", x.dtype), _bias(tensors, "b13", x))
+    weight = _weight(tensors, "w2", x.dtype)
+    return functional.linear(activation(hidden), weight, _bias(tensors, "b2", x))
 
 
 def compute_experts(
@@ -87,7 +88,8 @@ def compute_experts(
     tensors = {name: slots.tensor(name) for name in slots.layout.fields}
     edges = torch.arange(slots.num_slots, device=slot_P.device)
     end_S = torch.searchsorted(slot_P, edges, right=True)
-    if not x_PH.is_cuda:
+    # Grouped GEMMs of torch 2.11 take BF16 on GPUs.
+    if not x_PH.is_cuda or x_PH.dtype != torch.bfloat16:
         return _one_by_one(x_PH, end_S.tolist(), tensors, activation)
     offsets = end_S.to(torch.int32)
     w13 = _weight(tensors, "w13", x_PH.dtype).transpose(1, 2)
@@ -115,6 +117,10 @@ def _one_by_one(
             out_PH[begin:end] = run_expert(x_PH[begin:end], of_slot, activation)
         begin = end
     return out_PH
+
+
+def _bias(tensors: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> torch.Tensor | None:
+    return tensors[name].to(like.dtype) if name in tensors else None
 
 
 def _weight(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype) -> torch.Tensor:

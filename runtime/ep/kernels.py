@@ -7,8 +7,6 @@ Shape letters: N, M rows, T tokens, J rows of a token, B bytes, H hidden size, G
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -24,10 +22,10 @@ _BLOCKS_AT_ONCE = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gather_rows(
-    rows: Any, index: Any, out: Any, row_stride: Any, out_stride: Any, width: Any,
+def _gather_rows(  # type: ignore[no-untyped-def]
+    rows, index, out, row_stride, out_stride, width,
     columns: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
     source = tl.load(index + row)
@@ -52,11 +50,11 @@ def gather_rows(rows_NB: torch.Tensor, index_M: torch.Tensor, out_MB: torch.Tens
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum_rows(
-    rows: Any, index: Any, weight: Any, out: Any, row_stride: Any, index_stride: Any,
-    weight_stride: Any, hidden: Any, num_parts: tl.constexpr, weighted: tl.constexpr,
+def _sum_rows(  # type: ignore[no-untyped-def]
+    rows, index, weight, out, row_stride, index_stride,
+    weight_stride, hidden, num_parts: tl.constexpr, weighted: tl.constexpr,
     columns: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
     inside = column < hidden
@@ -93,7 +91,7 @@ def sum_rows(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gated_silu(gate_up: Any, out: Any, inner: Any, columns: tl.constexpr) -> None:
+def _gated_silu(gate_up, out, inner, columns: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
     inside = column < inner
@@ -114,10 +112,10 @@ def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _encode_fp8(
-    x: Any, out: Any, scales: Any, x_stride: Any, out_stride: Any, scale_stride: Any, hidden: Any,
-    blocks: Any, largest: tl.constexpr, at_once: tl.constexpr, width: tl.constexpr,
-) -> None:  # fmt: skip
+def _encode_fp8(  # type: ignore[no-untyped-def]
+    x, out, scales, x_stride, out_stride, scale_stride, hidden,
+    blocks, largest: tl.constexpr, at_once: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * at_once + tl.arange(0, at_once)
     column = block[:, None] * width + tl.arange(0, width)[None, :]
@@ -139,10 +137,10 @@ def encode_fp8(x_NH: torch.Tensor, values_NH: torch.Tensor, scale_NG: torch.Tens
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _decode_fp8(
-    values: Any, scales: Any, out: Any, value_stride: Any, scale_stride: Any, hidden: Any,
-    blocks: Any, at_once: tl.constexpr, width: tl.constexpr,
-) -> None:  # fmt: skip
+def _decode_fp8(  # type: ignore[no-untyped-def]
+    values, scales, out, value_stride, scale_stride, hidden,
+    blocks, at_once: tl.constexpr, width: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * at_once + tl.arange(0, at_once)
     column = block[:, None] * width + tl.arange(0, width)[None, :]

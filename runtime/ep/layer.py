@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from eplb.errors import InvalidInput, ServingFailed
@@ -163,12 +164,26 @@ class EPMoELayer(nn.Module):
         topk_TK, weight_TK = self.router(x_TH)
         if self.recorder is not None:
             self.recorder.observe(self.layer_id, topk_TK)  # type: ignore[attr-defined]
+        if self.tables.split == "batch":
+            yield from self._fit_batch(topk_TK)
         slot_TK = self.tables.choose_slots(topk_TK, self.step * self.micro_batches + number)
         bytes_TB = self.payload.encode(x_TH)
         y_TH = yield from self._cross(
             list(self._hops), bytes_TB, slot_TK, weight_TK.float(), words, x_TH
         )
         return y_TH
+
+    def _fit_batch(self, topk_TK: torch.Tensor) -> Generator[None, None, None]:
+        """Fit the fractions of replicas to the tokens of all processes."""
+        num_experts = self.tables.num_experts
+        key_P = torch.where(topk_TK < 0, num_experts, topk_TK).flatten().long()
+        count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=key_P.device)
+        count_E = count_E.scatter_add_(0, key_P, torch.ones_like(key_P))[:-1]
+        with self.group.watched(f"counts of experts of layer {self.layer_id}, step {self.step}"):
+            work = dist.all_reduce(count_E, group=self.group.process_group, async_op=True)
+            yield
+            work.wait()
+        self.tables.fit_batch(count_E)
 
     def _cross(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from eplb.arrays import IntArray
+from eplb.arrays import FloatArray, IntArray
 from eplb.errors import InvalidInput, PlacementInvalid
 from eplb.plan import Plan
 from eplb.replicas import (
@@ -21,6 +21,7 @@ from eplb.replicas import (
     token_offset,
 )
 from eplb.runtime.ep.agreement import check_plan_of_group
+from eplb.runtime.ep.batch_split import BatchPhases, begin_of_replicas, first_on_rank
 from eplb.runtime.ep.group import EPGroup
 
 __all__ = ["PlacementTables"]
@@ -40,6 +41,8 @@ class PlacementTables:
         Logical expert in each slot of the layer, over all ranks.
     digest : str
         Of the plan.
+    phases : BatchPhases or None
+        Under ``batch``: what :meth:`fit_batch` needs.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class PlacementTables:
         num_sources: int,
         split: str,
         digest: str,
+        phases: BatchPhases | None = None,
     ) -> None:
         self.block = block
         self.layer_id = layer_id
@@ -62,6 +66,7 @@ class PlacementTables:
         self.num_sources = num_sources
         self.split = split
         self.digest = digest
+        self.phases = phases
 
     @classmethod
     def of_plan(
@@ -81,7 +86,7 @@ class PlacementTables:
         Raises
         ------
         InvalidInput
-            The plan's ranks or nodes are not the group's, or the rule has no fixed fractions.
+            The plan's ranks or nodes are not the group's, or the rule is unknown.
         PlacementInvalid
             The layer is not in the plan.
         """
@@ -101,8 +106,13 @@ class PlacementTables:
         num_sources = group.ranks_per_process
         width = max(len(slots_S), num_experts)
         block = np.zeros((3, num_sources, width), dtype=np.int64)
+        phases = None
         for source, rank in enumerate(group.ranks):
-            share_S = source_share(slots_S, num_experts, topology, rule, rank, weights_S)
+            if rule == "batch":
+                # To begin with; every step moves the bounds.
+                share_S = _one_a_rank(slots_S, num_experts, topology.slots_per_rank)
+            else:
+                share_S = source_share(slots_S, num_experts, topology, rule, rank, weights_S)
             bounds = replica_bounds(slots_S, share_S)
             used = len(bounds.slot_X)
             # Behind those in use: what no token reaches before it reaches the last slot's part.
@@ -112,6 +122,10 @@ class PlacementTables:
             block[1, source, :] = bounds.slot_X[-1]
             block[1, source, :used] = bounds.slot_X
             block[2, source, :num_experts] = token_offset(rank, layer_id, num_experts)
+        if rule == "batch":
+            phases = BatchPhases.of_slots(
+                slots_S, bounds.slot_X, num_experts, topology.slots_per_rank, group.device
+            )
         return cls(
             block=torch.from_numpy(block).to(group.device, non_blocking=True),
             layer_id=layer_id,
@@ -121,6 +135,7 @@ class PlacementTables:
             num_sources=num_sources,
             split=rule,
             digest=plan.digest(),
+            phases=phases,
         )
 
     def clone(self) -> PlacementTables:
@@ -147,9 +162,27 @@ class PlacementTables:
                 f"{self.layer_id} ({self.num_experts} experts, {self.slots_per_rank} slots a rank)"
             )
         self.block.copy_(other.block)
-        self.phys_to_log_S, self.split, self.digest = (
-            other.phys_to_log_S, other.split, other.digest
-        )  # fmt: skip
+        self.phys_to_log_S, self.phases = other.phys_to_log_S, other.phases
+        self.split, self.digest = other.split, other.digest
+
+    def fit_batch(self, count_E: torch.Tensor) -> None:
+        """Divide a step's tokens over replicas in the best way for it; for the rule ``batch``.
+
+        ``count_E`` is int64 [E], over all ranks. Nothing waits for the device.
+        """
+        phases = self.phases
+        assert phases is not None
+        begin_FMX = begin_of_replicas(phases, count_E)
+        expert_FM1 = phases.expert_FM[:, :, None]
+        bound_FMX = (expert_FM1 << UNIT_BITS) + begin_FMX
+        # What is padding goes to a place behind all.
+        width = self.block.shape[2]
+        place_P = torch.where(phases.place_FMX >= 0, phases.place_FMX, width).flatten()
+        source_V1 = torch.arange(self.num_sources, device=count_E.device)[:, None]
+        wide_VX = torch.nn.functional.pad(self.block[0], (0, 1))
+        shifted_VP = bound_FMX.flatten() + (source_V1 * self.num_experts << UNIT_BITS)
+        wide_VX.scatter_(1, place_P.expand(self.num_sources, -1), shifted_VP)
+        self.block[0].copy_(wide_VX[:, :width])
 
     def choose_slots(self, topk_TK: torch.Tensor, step: int = 0) -> torch.Tensor:
         """Return the slot that each token goes to for each of its experts, int64 [T, K].
@@ -177,3 +210,11 @@ class PlacementTables:
         found_P = torch.searchsorted(bound_VX, (key_P << UNIT_BITS) + place_P, right=True) - 1
         slot_P = torch.where(key_P < V * E, slot_VX[found_P], -1)
         return slot_P.view(num_tokens, top_k)
+
+
+def _one_a_rank(phys_to_log_S: IntArray, num_experts: int, slots_per_rank: int) -> FloatArray:
+    """Return equal fractions of each expert's first slot on every rank that has it, shape [S]."""
+    used_S = first_on_rank(phys_to_log_S, num_experts, slots_per_rank) > 0
+    count_E = np.bincount(phys_to_log_S[used_S], minlength=num_experts)
+    share_S: FloatArray = np.where(used_S, 1.0 / np.maximum(count_E[phys_to_log_S], 1), 0.0)
+    return share_S
