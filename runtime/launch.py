@@ -15,8 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import FileStore, PrefixStore
+from torch.spawn import (
+    ProcessExitedException,
+    ProcessRaisedException,
+    spawn,
+)
 
 from eplb.errors import EplbError, InvalidInput, ServingFailed
 from eplb.runtime.ep.group import EPGroup
@@ -67,12 +71,12 @@ def run_on_ranks(
         options = {"num_ranks": num_ranks, "ranks_per_node": ranks_per_node, "nodes": nodes,
                    "timeout_s": timeout_s}  # fmt: skip
         try:
-            multiprocessing.spawn(
+            spawn(  # type: ignore[no-untyped-call]
                 _process, (processes, folder, backend, options, work, argument), nprocs=processes
             )
         except (
-            multiprocessing.ProcessRaisedException,
-            multiprocessing.ProcessExitedException,
+            ProcessRaisedException,
+            ProcessExitedException,
         ) as error:
             raise _first_error(Path(folder), error) from error
         result: dict[str, Any] = json.loads((Path(folder) / "result").read_text())
@@ -95,7 +99,7 @@ def _process(
     else:
         # Processes share the cores.
         torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", processes)
+    store = FileStore(f"{folder}/store", processes)
     try:
         dist.init_process_group(
             backend, store=PrefixStore("world", store), rank=process, world_size=processes,

@@ -94,9 +94,17 @@ class BatchPhases:
                 rank_FMX[f, m, : len(places)] = rank_X[places]
                 place_FMX[f, m, : len(places)] = places
                 at_FR[f, rank_X[places]] = m * X + np.arange(len(places))
-        arrays = (expert_FM, rank_FMX, at_FR, place_FMX, single_E)
+
+        def there(array: IntArray) -> torch.Tensor:
+            return torch.from_numpy(array).to(device, torch.int64)
+
         return cls(
-            *(torch.from_numpy(array).to(device, torch.int64) for array in arrays), num_ranks
+            expert_FM=there(expert_FM),
+            rank_FMX=there(rank_FMX),
+            at_FR=there(at_FR),
+            place_FMX=there(place_FMX),
+            single_E=there(single_E),
+            num_ranks=num_ranks,
         )
 
 

@@ -15,9 +15,10 @@ __all__ = ["gather_rows", "sum_rows"]
 def gather_rows(rows_NB: torch.Tensor, index_M: torch.Tensor, out_MB: torch.Tensor) -> None:
     """Write ``rows_NB[index_M]`` to ``out_MB``; both may be columns of wider rows of bytes."""
     if rows_NB.is_cuda:
-        from eplb.runtime.ep import kernels  # noqa: PLC0415  (Triton is there with GPUs only)
+        # Triton is there with GPUs only.
+        from eplb.runtime.ep.kernels import gather_rows as gather  # noqa: PLC0415
 
-        kernels.gather_rows(rows_NB, index_M, out_MB)
+        gather(rows_NB, index_M, out_MB)
     else:
         out_MB.copy_(rows_NB[index_M])
 
@@ -40,9 +41,9 @@ def sum_rows(
         Of the result. The sum is in float32, over J in order.
     """
     if rows_NH.is_cuda:
-        from eplb.runtime.ep import kernels  # noqa: PLC0415
+        from eplb.runtime.ep.kernels import sum_rows as add_up  # noqa: PLC0415
 
-        return kernels.sum_rows(rows_NH, index_TJ, weight_TJ, dtype)
+        return add_up(rows_NH, index_TJ, weight_TJ, dtype)
     num_tokens, num_parts = index_TJ.shape
     total_TH = torch.zeros(num_tokens, rows_NH.shape[1], dtype=torch.float32)
     for j in range(num_parts if len(rows_NH) else 0):
