@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import FileStore, PrefixStore
-from torch.spawn import (
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.multiprocessing.spawn import (
     ProcessExitedException,
     ProcessRaisedException,
     spawn,
@@ -99,7 +99,7 @@ def _process(
     else:
         # Processes share the cores.
         torch.set_num_threads(1)
-    store = FileStore(f"{folder}/store", processes)
+    store = dist.FileStore(f"{folder}/store", processes)  # type: ignore[attr-defined]
     try:
         dist.init_process_group(
             backend, store=PrefixStore("world", store), rank=process, world_size=processes,

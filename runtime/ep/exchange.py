@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from eplb.runtime.ep.group import EPGroup
-from eplb.runtime.ep.rows import gather_rows, sum_rows
+from eplb.runtime.ep.places import pack_rows, place_rows
+from eplb.runtime.ep.rows import sum_rows
 
 __all__ = ["NUM_WORDS", "Crossing", "Hop", "Received"]
 
@@ -94,32 +95,15 @@ class Crossing:
 
     def count(self, slot_TK: torch.Tensor, weight_TK: torch.Tensor, words: torch.Tensor) -> None:
         """Say how many rows go where; ``words`` is int64 [NUM_WORDS] on the device."""
-        hop, device = self._hop, slot_TK.device
+        hop = self._hop
         P, per_process = hop.num_parts, hop.parts_per_process
-        C, T = P // per_process, len(slot_TK)
-        part_TK = torch.where(
-            slot_TK >= 0, (slot_TK - hop.first_slot) // hop.slots_per_part, P
-        ).long()
-        # Parts in order, each once a token; P stands for none.
-        order_TK = part_TK.sort(dim=1).values
-        again_TK = torch.zeros_like(order_TK, dtype=torch.bool)
-        again_TK[:, 1:] = order_TK[:, 1:] == order_TK[:, :-1]
-        needed_TP = torch.zeros(T, P + 1, dtype=torch.bool, device=device).scatter_(
-            1, part_TK, value=True
-        )
-        needed_PT = needed_TP[:, :P].t().contiguous()
-        row_PT = needed_PT.flatten().cumsum(0).view(P, T) - 1
-        index_TK = row_PT.t().gather(1, order_TK.clamp(max=P - 1)) if T else order_TK
-        self._index_TK = torch.where((order_TK < P) & ~again_TK, index_TK, -1)
-        self._needed_PT, self._row_PT, self._part_TK = needed_PT, row_PT, part_TK
+        C = P // per_process
+        self._places = place_rows(slot_TK, hop.first_slot, hop.slots_per_part, P)
         self._slot_TK, self._weight_TK = slot_TK, weight_TK
-        pairs_P = torch.zeros(P + 1, dtype=torch.int64, device=device).scatter_add_(
-            0, part_TK.flatten(), torch.ones_like(part_TK).flatten()
-        )
         counts_CX = torch.cat(
             [
-                needed_PT.sum(1).view(C, per_process),
-                pairs_P[:P].view(C, per_process),
+                self._places.rows_P.view(C, per_process),
+                self._places.pairs_P.view(C, per_process),
                 words.expand(C, NUM_WORDS),
             ],
             dim=1,
@@ -150,7 +134,7 @@ class Crossing:
         """Return the rows once they are there (on a GPU: before what is launched next)."""
         self._finish_work("dispatch")
         K, size = self._slot_TK.shape[1], self._num_bytes
-        meta = -(-size // ROW_ALIGNMENT_BYTES) * ROW_ALIGNMENT_BYTES
+        meta = _aligned(size)
         rows_NB = self._received_NB
         return Received(
             bytes_NB=rows_NB[:, :size],
@@ -167,7 +151,7 @@ class Crossing:
     def finish(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the sum of each token's results over its parts, in order, [T, H]."""
         self._finish_work("combine")
-        return sum_rows(self._returned_NH, self._index_TK, dtype=dtype)
+        return sum_rows(self._returned_NH, self._places.index_TK, dtype=dtype)
 
     def _read_counts(self) -> tuple[torch.Tensor, torch.Tensor]:
         what = f"counts of {self._what}"
@@ -184,23 +168,15 @@ class Crossing:
 
     def _pack(self, bytes_TB: torch.Tensor, num_rows: int) -> torch.Tensor:
         """Return rows to send, in order of part and token: activations, slots, weights."""
-        K, size = self._slot_TK.shape[1], bytes_TB.shape[1]
-        P, T = self._needed_PT.shape
-        meta = -(-size // ROW_ALIGNMENT_BYTES) * ROW_ALIGNMENT_BYTES
-        width = meta + -(-8 * K // ROW_ALIGNMENT_BYTES) * ROW_ALIGNMENT_BYTES
-        # One place more, where all go that are not sent.
-        place_PT = torch.where(self._needed_PT, self._row_PT, num_rows).flatten()
-        number_PT = torch.arange(P * T, device=place_PT.device)
-        source_N = torch.zeros(num_rows + 1, dtype=torch.int64, device=place_PT.device)
-        source_N = source_N.scatter_(0, place_PT, number_PT)[:num_rows]
-        token_N, part_N = source_N % max(T, 1), source_N // max(T, 1)
-        rows_NB = torch.empty(num_rows, width, dtype=torch.uint8, device=place_PT.device)
-        gather_rows(bytes_TB, token_N, rows_NB[:, :size])
-        own_NK = self._part_TK[token_N] == part_N[:, None]
-        slot_NK = torch.where(own_NK, self._slot_TK[token_N], -1)
-        rows_NB[:, meta : meta + 4 * K].view(torch.int32).copy_(slot_NK)
-        weights = rows_NB[:, meta + 4 * K : meta + 8 * K].view(torch.float32)
-        weights.copy_(self._weight_TK[token_N])
+        top_k, size = self._slot_TK.shape[1], bytes_TB.shape[1]
+        meta = _aligned(size)
+        rows_NB = bytes_TB.new_empty(num_rows, meta + _aligned(8 * top_k))
+        pack_rows(
+            self._places, bytes_TB, self._slot_TK, self._weight_TK,
+            rows_NB[:, :size],
+            rows_NB[:, meta : meta + 4 * top_k].view(torch.int32),
+            rows_NB[:, meta + 4 * top_k : meta + 8 * top_k].view(torch.float32),
+        )  # fmt: skip
         return rows_NB
 
     def _start(
@@ -222,3 +198,7 @@ class Crossing:
         assert work is not None, "called out of order"
         with self._group.watched(f"{what} of {self._what}"):
             work.wait()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ROW_ALIGNMENT_BYTES) * ROW_ALIGNMENT_BYTES

@@ -86,18 +86,17 @@ def compute_experts(
     if not len(x_PH):
         return x_PH
     tensors = {name: slots.tensor(name) for name in slots.layout.fields}
-    edges = torch.arange(slots.num_slots, device=slot_P.device)
-    end_S = torch.searchsorted(slot_P, edges, right=True)
+    edges = torch.arange(slots.num_slots, dtype=slot_P.dtype, device=slot_P.device)
+    end_S = torch.searchsorted(slot_P, edges, right=True, out_int32=True)
     # Grouped GEMMs of torch 2.11 take BF16 on GPUs.
     if not x_PH.is_cuda or x_PH.dtype != torch.bfloat16:
         return _one_by_one(x_PH, end_S.tolist(), tensors, activation)
-    offsets = end_S.to(torch.int32)
     w13 = _weight(tensors, "w13", x_PH.dtype).transpose(1, 2)
-    hidden = functional.grouped_mm(x_PH, w13, offs=offsets)
+    hidden = functional.grouped_mm(x_PH, w13, offs=end_S)
     if "b13" in tensors:
         hidden += tensors["b13"][slot_P]
     w2 = _weight(tensors, "w2", x_PH.dtype).transpose(1, 2)
-    out = functional.grouped_mm(activation(hidden), w2, offs=offsets)
+    out = functional.grouped_mm(activation(hidden), w2, offs=end_S)
     if "b2" in tensors:
         out += tensors["b2"][slot_P]
     return out

@@ -13,12 +13,21 @@ import triton.language as tl
 
 from eplb.runtime.ep.payload import BLOCK, FP8_MAX
 
-__all__ = ["decode_fp8", "encode_fp8", "gated_silu", "gather_rows", "sum_rows"]
+__all__ = ["as_words", "decode_fp8", "encode_fp8", "gated_silu", "gather_rows", "sum_rows"]
 
 _COLUMNS = 1024
 # The widest words first; rows of bytes are copied in the widest that they divide into.
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 _BLOCKS_AT_ONCE = 8
+
+
+def as_words(*rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return rows of bytes as rows of the widest words that all of them divide into."""
+    places = [
+        place for part in rows for place in (part.shape[1], part.stride(0), part.storage_offset())
+    ]
+    word = next(w for w in _WORDS if all(place % w.itemsize == 0 for place in places))
+    return tuple(part.view(word) for part in rows)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -35,15 +44,10 @@ def _gather_rows(  # type: ignore[no-untyped-def]
 
 def gather_rows(rows_NB: torch.Tensor, index_M: torch.Tensor, out_MB: torch.Tensor) -> None:
     """Write ``rows_NB[index_M]`` to ``out_MB``."""
-    num_rows, width = out_MB.shape
+    num_rows = len(out_MB)
     if not num_rows:
         return
-    places = (
-        width, rows_NB.stride(0), out_MB.stride(0), rows_NB.storage_offset(),
-        out_MB.storage_offset(),
-    )  # fmt: skip
-    word = next(w for w in _WORDS if all(place % w.itemsize == 0 for place in places))
-    rows, out = rows_NB.view(word), out_MB.view(word)
+    rows, out = as_words(rows_NB, out_MB)
     _gather_rows[num_rows, triton.cdiv(out.shape[1], _COLUMNS)](
         rows, index_M, out, rows.stride(0), out.stride(0), out.shape[1], columns=_COLUMNS
     )

@@ -213,13 +213,15 @@ class EPMoELayer(nn.Module):
             sums_NH = yield from self._cross(
                 rest, received.bytes_NB, received.slot_NK, received.weight_NK, words, None
             )
-            sums_NH = sums_NH.to(self.payload.dtype)
         else:
             sums_NH = self._compute(received)
         crossing.post_back(sums_NH)
         yield
-        y_TH = crossing.finish(torch.float32)
-        return y_TH if shared_TH is None else y_TH + shared_TH
+        if x_TH is None:
+            return crossing.finish(self.payload.dtype)
+        if shared_TH is None:
+            return crossing.finish(x_TH.dtype)
+        return crossing.finish(torch.float32) + shared_TH
 
     def _learn(self, crossing: Crossing) -> None:
         """Note what the counts say; the same on every process."""
@@ -240,7 +242,9 @@ class EPMoELayer(nn.Module):
         dtype = self.payload.dtype
         none = self.slots.num_slots
         local_NK = torch.where(slot_NK >= 0, slot_NK - self._first_slot, none)
-        sorted_P, order_P = torch.sort(local_NK.flatten(), stable=True)
+        # Few bits are sorted fast.
+        small = torch.int16 if none < 1 << 15 else torch.int32
+        sorted_P, order_P = torch.sort(local_NK.flatten().to(small), stable=True)
         place_NK = torch.empty_like(order_P).scatter_(
             0, order_P, torch.arange(len(order_P), device=order_P.device)
         )
@@ -249,7 +253,7 @@ class EPMoELayer(nn.Module):
         bytes_PB = received.bytes_NB.new_empty(num_pairs, received.bytes_NB.shape[1])
         gather_rows(received.bytes_NB, order_P[:num_pairs] // top_k, bytes_PB)
         out_PH = compute_experts(
-            self.payload.decode(bytes_PB), sorted_P[:num_pairs], self.slots, self.activation
+            self.payload.decode(bytes_PB), sorted_P[:num_pairs].int(), self.slots, self.activation
         )
         return sum_rows(out_PH, index_NK, received.weight_NK, dtype)
 

@@ -13,6 +13,7 @@ from ep_ranks import assert_rounded  # noqa: E402
 from eplb.runtime.ep.expert_slots import ExpertSlots  # noqa: E402
 from eplb.runtime.ep.experts import compute_experts, gated_layout, gated_silu  # noqa: E402
 from eplb.runtime.ep.payload import Payload  # noqa: E402
+from eplb.runtime.ep.places import pack_rows, place_rows  # noqa: E402
 from eplb.runtime.ep.reference import relative_error  # noqa: E402
 from eplb.runtime.ep.rows import gather_rows, sum_rows  # noqa: E402
 
@@ -41,6 +42,29 @@ def test_rows_are_gathered_and_added_up(hidden, width):
             assert torch.allclose(found.cpu(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(sum_rows(values.to(DEVICE)[:0], parts.to(DEVICE).fill_(-1)).cpu(),
                        torch.zeros(30, hidden))  # fmt: skip
+
+
+@pytest.mark.parametrize(("num_parts", "per_part", "top_k"), [(4, 66, 8), (5, 3, 6), (1, 7, 1)])
+@pytest.mark.parametrize("num_tokens", [0, 1, 500])
+def test_rows_are_placed_and_packed(num_parts, per_part, top_k, num_tokens):
+    torch.manual_seed(0)
+    slot_TK = torch.randint(-1, num_parts * per_part, (num_tokens, top_k))
+    slot_TK = torch.where(slot_TK >= 0, slot_TK + 9, -1)
+    weight_TK, bytes_TB = torch.rand(num_tokens, top_k), torch.randint(256, (num_tokens, 26)).byte()
+    found = {}
+    for device in ("cpu", DEVICE):
+        slots, weights, tokens = (t.to(device) for t in (slot_TK, weight_TK, bytes_TB))
+        places = place_rows(slots, 9, per_part, num_parts)
+        rows = torch.zeros(int(places.rows_P.sum()), 32 + 8 * top_k, dtype=torch.uint8,
+                           device=device)  # fmt: skip
+        meta = rows[:, 32:]
+        pack_rows(
+            places, tokens, slots, weights, rows[:, :26],
+            meta[:, : 4 * top_k].view(torch.int32), meta[:, 4 * top_k :].view(torch.float32),
+        )  # fmt: skip
+        found[device] = [*(getattr(places, name) for name in places.__slots__), rows]
+    for there, here in zip(found[DEVICE], found["cpu"], strict=True):
+        assert torch.equal(there.cpu(), here)
 
 
 @pytest.mark.parametrize("hidden", [7168, 128, 96, 1000])

@@ -1,0 +1,336 @@
+"""Measure the expert-parallel layer under real loads: ``python benchmarks/ep_layer.py``.
+
+In two parts, because the machine with the GPUs need not have the recorded loads::
+
+    python benchmarks/ep_layer.py prepare ../shared/data -o build/ep-layer.npz
+    torchrun --nproc-per-node 2 benchmarks/ep_layer.py run build/ep-layer.npz -o FILE
+
+``prepare`` solves the plans and draws the routings, ``run`` serves them at DeepSeek-V3's dimensions
+(256 experts of 7168 x 2048 in BF16, top-8) with random weights. EP4x66: four ranks of 66 slots, on
+two GPUs two ranks each. Choices come from the prepared routings; the router is computed and its own
+choices dropped. The layers of a step take turns on one set of weights, which each would have its
+own of. Plans take turns in every repetition; times are medians over repetitions of the slowest
+process. ``--tiny`` is for machines without GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ep_layer_inputs
+import numpy as np
+import torch
+import torch.distributed as dist
+from run import environment
+
+from eplb.plan import Plan
+from eplb.runtime.ep.exchange import Crossing, Hop
+from eplb.runtime.ep.expert_slots import ExpertSlots
+from eplb.runtime.ep.experts import compute_experts, gated_layout, gated_silu
+from eplb.runtime.ep.group import EPGroup
+from eplb.runtime.ep.layer import EPMoELayer
+from eplb.runtime.ep.router import SigmoidRouter
+from eplb.runtime.ep.tables import PlacementTables
+
+SIZES = {"prefill": 8192, "decode": 128}
+# Of a process' time, so that slow starts do not count.
+WARM_UPS, REPEATS = 1, 7
+
+
+class Bench:
+    """One process: weights, and layers made as they are needed."""
+
+    def __init__(self, group: EPGroup, *, tiny: bool) -> None:
+        self.group, self.tiny = group, tiny
+        self.hidden, inner = (64, 32) if tiny else (7168, 2048)
+        self.dtype = torch.float32 if tiny else torch.bfloat16
+        self.layout = gated_layout(self.hidden, inner, self.dtype)
+        num_slots = ep_layer_inputs.SLOTS_PER_RANK * group.ranks_per_process
+        self.slots = ExpertSlots(self.layout, num_slots, group.device)
+        torch.manual_seed(group.process)
+        for row in self.slots.rows:
+            row.view(self.dtype).normal_(0, 0.02)
+        self.router = SigmoidRouter(
+            self.hidden, ep_layer_inputs.NUM_EXPERTS, ep_layer_inputs.TOP_K, num_groups=8,
+            groups_per_token=4,
+        ).to(group.device)  # fmt: skip
+        self.router.weight.normal_(0, 0.02)
+
+    def layer(
+        self, plan: Plan, layer_id: int, topk_TK: torch.Tensor, split: str, **options: Any
+    ) -> EPMoELayer:
+        """Return a layer of a plan that routes as it is told."""
+        halves = list(topk_TK.chunk(options.get("micro_batches", 1)))
+        turn = 0
+
+        def route(x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            nonlocal turn
+            _, weight_TK = self.router(x_TH)
+            turn += 1
+            return halves[turn % len(halves)][: len(x_TH)], weight_TK
+
+        tables = PlacementTables.of_plan(plan, layer_id, self.group, split=split)
+        if self.tiny:
+            options["payload"] = "fp32"
+        return EPMoELayer(
+            self.group, tables, self.slots, route, hidden_size=self.hidden,
+            **options,
+        )  # fmt: skip
+
+    def milliseconds(self, run: Callable[[], Any]) -> float:
+        """Return the time of a call on the slowest process, all beginning together."""
+        self.group.barrier()
+        if self.group.device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            # The first collective holds all processes until the last one is there.
+            dist.all_reduce(torch.zeros(1, device=self.group.device))
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()  # type: ignore[no-untyped-call]
+            spent = begin.elapsed_time(end)  # type: ignore[no-untyped-call]
+        else:
+            import time  # noqa: PLC0415
+
+            start = time.perf_counter()
+            run()
+            spent = 1e3 * (time.perf_counter() - start)
+        return self.most(spent)
+
+    def most(self, value: float) -> float:
+        """Return the largest value over processes."""
+        tensor = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group.control)
+        return float(tensor)
+
+
+def throughput(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict[str, Any]:
+    """Return milliseconds of a layer and the rows of the ranks, by plan, plans taking turns."""
+    group = bench.group
+    own = tokens * group.ranks_per_process
+    x_TH = torch.randn(own, bench.hidden, device=group.device).to(bench.dtype)
+
+    def topk(name: str, layer: int) -> torch.Tensor:
+        routed_TK = inputs.routing(name, layer, tokens, group)
+        return torch.from_numpy(routed_TK.astype(np.int64)).to(group.device)
+
+    layers: dict[str, list[EPMoELayer]] = {}
+    for variant in inputs.variants():
+        layers[variant.name] = [
+            bench.layer(
+                variant.plan, layer_id, topk(variant.routing, i), variant.split,
+                payload=variant.payload, micro_batches=variant.micro_batches,
+            )
+            for i, layer_id in enumerate(variant.plan.placement.layer_ids)
+        ]  # fmt: skip
+    spent: dict[str, list[float]] = {name: [] for name in layers}
+    for repetition in range(WARM_UPS + REPEATS):
+        for name, of_plan in layers.items():
+            milliseconds = bench.milliseconds(lambda of_plan=of_plan: [f(x_TH) for f in of_plan])
+            if repetition >= WARM_UPS:
+                spent[name].append(milliseconds / len(of_plan))
+    ceiling = statistics.median(spent["even router"])
+    results: dict[str, Any] = {}
+    for name, of_plan in layers.items():
+        rows_LR = gathered([layer.received_pairs for layer in of_plan], group)
+        tokens_LR = gathered([layer.received_rows for layer in of_plan], group)
+        median = statistics.median(spent[name])
+        results[name] = {
+            "ms": median,
+            "least_ms": min(spent[name]),
+            "tokens_per_s": tokens * group.num_ranks / median * 1e3,
+            "of_even_router": ceiling / median,
+            "imbalance_rows": float((rows_LR.max(1) / rows_LR.mean(1)).mean()),
+            "imbalance_tokens": float((tokens_LR.max(1) / tokens_LR.mean(1)).mean()),
+        }
+    return results
+
+
+def gathered(of_ranks: list[list[int]], group: EPGroup) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return figures of this process' ranks for all ranks, shape [L, R]."""
+    found: list[Any] = [None] * group.num_processes
+    dist.all_gather_object(found, of_ranks, group=group.control)
+    return np.concatenate([np.array(part, dtype=np.float64) for part in found], axis=1)
+
+
+def rank_by_rank(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict[str, Any]:
+    """Return the time of the experts of each rank by itself, as a GPU of its own would take.
+
+    Two ranks on a GPU hide part of their imbalance from :func:`throughput`.
+    """
+    group, spr = bench.group, ep_layer_inputs.SLOTS_PER_RANK
+    one_rank = ExpertSlots.__new__(ExpertSlots)
+    results: dict[str, Any] = {}
+    for variant in inputs.variants():
+        if variant.payload != "bf16" or variant.micro_batches != 1:
+            continue
+        times_LR: list[list[float]] = []
+        for i, layer_id in enumerate(variant.plan.placement.layer_ids):
+            rows_S = inputs.slot_rows(variant, i, layer_id, tokens)
+            of_layer = []
+            for rank in group.ranks:
+                counts = torch.from_numpy(rows_S[rank * spr : (rank + 1) * spr])
+                slot_P = torch.arange(spr).repeat_interleave(counts).to(group.device)
+                x_PH = torch.randn(len(slot_P), bench.hidden, device=group.device).to(bench.dtype)
+                local = (rank - group.first_rank) * spr
+                _part(one_rank, bench.slots, local, spr)
+                run = lambda x=x_PH, s=slot_P: compute_experts(x, s, one_rank, gated_silu)  # noqa: E731
+                run()
+                of_layer.append(statistics.median(_alone(bench, run) for _ in range(3)))
+            times_LR.append(of_layer)
+        found = gathered(times_LR, group)
+        results[variant.name] = {
+            "slowest_ms": float(found.max(1).mean()),
+            "mean_ms": float(found.mean()),
+        }
+    ceiling = results["even router"]["slowest_ms"]
+    for figures in results.values():
+        figures["of_even_router"] = ceiling / figures["slowest_ms"]
+    return results
+
+
+def _part(view: ExpertSlots, slots: ExpertSlots, first: int, number: int) -> None:
+    """Make ``view`` the slots of one rank."""
+    view.layout, view.num_slots = slots.layout, number
+    view.rows = slots.rows[first : first + number]
+    view._views = {name: view._view(name) for name in slots.layout.fields}
+
+
+def _alone(bench: Bench, run: Callable[[], Any]) -> float:
+    if bench.group.device.type != "cuda":
+        return bench.milliseconds(run)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()  # type: ignore[no-untyped-call]
+    return float(begin.elapsed_time(end))  # type: ignore[no-untyped-call]
+
+
+def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict[str, Any]:
+    """Return the times of dispatch and combine by part, and of all_to_all_single for their bytes.
+
+    ``dispatch`` is from packing rows to having received them, ``combine`` from having the results
+    to having them added up; ``counts`` is what comes before, the host's wait included.
+    """
+    group = bench.group
+    variant = next(v for v in inputs.variants() if v.name == "even router")
+    layer_id = variant.plan.placement.layer_ids[0]
+    topk_TK = torch.from_numpy(
+        inputs.routing(variant.routing, 0, tokens, group).astype(np.int64)
+    ).to(group.device)
+    layer = bench.layer(variant.plan, layer_id, topk_TK, variant.split)
+    hop = Hop(group.process_group, 0, ep_layer_inputs.SLOTS_PER_RANK, group.num_ranks)
+    x_TH = torch.randn(len(topk_TK), bench.hidden, device=group.device).to(bench.dtype)
+    weight_TK = torch.rand(topk_TK.shape, device=group.device)
+    slot_TK = layer.tables.choose_slots(topk_TK)
+    words = torch.zeros(2, dtype=torch.int64, device=group.device)
+    bytes_TB = layer.payload.encode(x_TH)
+    parts: dict[str, list[float]] = {}
+
+    def note(name: str, run: Callable[[], Any]) -> None:
+        parts.setdefault(name, []).append(bench.milliseconds(run))
+
+    for _ in range(WARM_UPS + 2 * REPEATS):
+        crossing = Crossing(group, hop, "benchmark")
+
+        def counts(crossing: Crossing = crossing) -> None:
+            crossing.count(slot_TK, weight_TK, words)
+            crossing._counts_on_host = crossing._read_counts()  # type: ignore[attr-defined]
+
+        note("counts", counts)
+        crossing._read_counts = lambda c=crossing: c._counts_on_host  # type: ignore[method-assign]
+
+        def dispatch(crossing: Crossing = crossing) -> None:
+            crossing.post(bytes_TB)
+            crossing.receive()
+
+        note("dispatch", dispatch)
+        sent, got = crossing._send_rows, crossing._receive_rows
+        rows = torch.empty(sum(got), bench.hidden, dtype=layer.payload.dtype, device=group.device)
+
+        def combine(crossing: Crossing = crossing, rows: torch.Tensor = rows) -> None:
+            crossing.post_back(rows)
+            crossing.finish(layer.payload.dtype)
+
+        note("combine", combine)
+        there = torch.empty_like(crossing._received_NB)
+        packed = torch.empty(sum(sent), there.shape[1], dtype=torch.uint8, device=group.device)
+        back = torch.empty(sum(sent), bench.hidden, dtype=rows.dtype, device=group.device)
+        plain = partial(dist.all_to_all_single, group=group.process_group)
+        note("dispatch, all_to_all_single", partial(plain, there, packed, got, sent))
+        note("combine, all_to_all_single", partial(plain, back, rows, sent, got))
+    found: dict[str, Any] = {
+        name: statistics.median(times[WARM_UPS:]) for name, times in parts.items()
+    }
+    found["rows_sent"], found["rows_to_others"] = sum(sent), sum(sent) - sent[group.process]
+    found["bytes_per_row"] = int(there.shape[1])
+    return found
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Measure everything and write it."""
+    group = EPGroup.from_environment(num_ranks=ep_layer_inputs.NUM_RANKS)
+    bench = Bench(group, tiny=arguments.tiny)
+    results: dict[str, Any] = {}
+    with np.load(arguments.inputs) as file:
+        names = sorted({key.split("/")[0] for key in file.files})
+        for name in names:
+            inputs = ep_layer_inputs.Inputs(file, name)
+            for phase, tokens in SIZES.items():
+                if arguments.tiny:
+                    tokens = 16  # noqa: PLW2901
+                results[f"{name}, {phase}"] = {
+                    "tokens_per_rank": tokens,
+                    "layer": throughput(bench, inputs, tokens),
+                    "experts": rank_by_rank(bench, inputs, tokens),
+                }
+                if name == names[0]:
+                    results[f"exchange, {phase}"] = exchanges(bench, inputs, tokens)
+                if group.process == 0:
+                    print(json.dumps({f"{name}, {phase}": results[f"{name}, {phase}"]}), flush=True)
+    if group.process == 0:
+        report = {
+            "environment": environment("recorded loads, random weights")
+            | {
+                "torch": torch.__version__,
+                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+                "processes": group.num_processes,
+                "ranks": group.num_ranks,
+            },
+            "results": results,
+        }
+        if arguments.output:
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        print(json.dumps({k: v for k, v in results.items() if k.startswith("exchange")}))
+    group.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    """Prepare the inputs, or run on them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    prepare = commands.add_parser("prepare")
+    prepare.add_argument("data", type=Path, help="the folder of recorded loads")
+    prepare.add_argument("-o", "--output", type=Path, required=True)
+    prepare.set_defaults(
+        do=lambda arguments: ep_layer_inputs.prepare(arguments.data, arguments.output)
+    )
+    measure = commands.add_parser("run")
+    measure.add_argument("inputs", type=Path)
+    measure.add_argument("-o", "--output", type=Path)
+    measure.add_argument("--tiny", action="store_true", help="small sizes that show nothing")
+    measure.set_defaults(do=run)
+    arguments = parser.parse_args()
+    arguments.do(arguments)
+
+
+if __name__ == "__main__":
+    main()
