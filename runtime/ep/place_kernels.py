@@ -87,31 +87,29 @@ def place_rows(
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pack(  # type: ignore[no-untyped-def]
-    tokens, slots, weights, parts, order, index, out, out_slots, out_weights, top_k, width,
+    tokens, slots, weights, parts, order, index, out, out_slots, out_weights, width,
     token_stride, slot_stride, weight_stride, out_stride, out_slot_stride, out_weight_stride,
-    K: tl.constexpr, columns: tl.constexpr,
+    top_k: tl.constexpr, K: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * columns + tl.arange(0, columns)
     inside = column < width
     value = tl.load(tokens + token * token_stride + column, mask=inside)
-    for k in range(top_k):
+    for k in tl.static_range(top_k):
         row = tl.load(index + token * top_k + k)
-        if row >= 0:
-            tl.store(out + row * out_stride + column, value, mask=inside)
+        tl.store(out + row * out_stride + column, value, mask=inside & (row >= 0))
     if tl.program_id(1) == 0:
         place = tl.arange(0, K)
         there = place < top_k
         slot = tl.load(slots + token * slot_stride + place, mask=there, other=-1)
         part = tl.load(parts + token * top_k + place, mask=there, other=-1)
         weight = tl.load(weights + token * weight_stride + place, mask=there, other=0.0)
-        for k in range(top_k):
+        for k in tl.static_range(top_k):
             row = tl.load(index + token * top_k + k)
-            if row >= 0:
-                own = part == tl.load(order + token * top_k + k)
-                kept = tl.where(own, slot, -1).to(tl.int32)
-                tl.store(out_slots + row * out_slot_stride + place, kept, mask=there)
-                tl.store(out_weights + row * out_weight_stride + place, weight, mask=there)
+            sent = there & (row >= 0)
+            kept = tl.where(part == tl.load(order + token * top_k + k), slot, -1).to(tl.int32)
+            tl.store(out_slots + row * out_slot_stride + place, kept, mask=sent)
+            tl.store(out_weights + row * out_weight_stride + place, weight, mask=sent)
 
 
 def pack_rows(
@@ -130,7 +128,7 @@ def pack_rows(
     tokens, out = as_words(bytes_TB, bytes_NB)
     _pack[num_tokens, triton.cdiv(out.shape[1], _COLUMNS)](
         tokens, slot_TK, weight_TK, places.part_TK, places.order_TK, places.index_TK, out, slot_NK,
-        weight_NK, top_k, out.shape[1], tokens.stride(0), slot_TK.stride(0), weight_TK.stride(0),
+        weight_NK, out.shape[1], tokens.stride(0), slot_TK.stride(0), weight_TK.stride(0),
         out.stride(0), slot_NK.stride(0), weight_NK.stride(0),
-        K=triton.next_power_of_2(top_k), columns=_COLUMNS,
+        top_k=top_k, K=triton.next_power_of_2(top_k), columns=_COLUMNS,
     )  # fmt: skip

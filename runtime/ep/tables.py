@@ -67,6 +67,10 @@ class PlacementTables:
         self.split = split
         self.digest = digest
         self.phases = phases
+        # What few bits hold is sorted fast.
+        last = num_sources * num_experts + 2
+        small = torch.int16 if last < 1 << 15 else torch.int32
+        self._edges = torch.arange(last, dtype=small, device=block.device)
 
     @classmethod
     def of_plan(
@@ -190,6 +194,12 @@ class PlacementTables:
         Tokens belong to the process' ranks in equal parts, in order. The same function as
         :func:`eplb.replicas.choose_slots`; nothing waits for the device.
         """
+        if topk_TK.is_cuda:
+            from eplb.runtime.ep import choice_kernels  # noqa: PLC0415
+
+            return choice_kernels.choose_slots(
+                topk_TK, self.block, self._edges, self.num_experts, step_offset(step)
+            )
         num_tokens, top_k = topk_TK.shape
         E, V = self.num_experts, self.num_sources
         bound_VX, slot_VX = self.block[0].flatten(), self.block[1].flatten()
@@ -200,8 +210,7 @@ class PlacementTables:
             expert_TK = torch.where(expert_TK < 0, -1, expert_TK + source_T[:, None] * E)
         key_P = torch.where(expert_TK < 0, V * E, expert_TK).flatten()
         sorted_P, order_P = torch.sort(key_P, stable=True)
-        every = torch.arange(V * E + 2, device=key_P.device)
-        first_E = torch.searchsorted(sorted_P, every)
+        first_E = torch.searchsorted(sorted_P, self._edges.long())
         count_E = first_E.diff().clamp_(min=1)
         place_P = torch.arange(len(key_P), device=key_P.device) - first_E[sorted_P]
         nth_P = torch.empty_like(key_P).scatter_(0, order_P, place_P)
