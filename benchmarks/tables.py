@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ep_layer_tables import EP_LAYER_TABLES
 from move_tables import MOVE_TABLES
 from request_tables import REQUEST_TABLES
 from search_tables import SEARCH_TABLES
@@ -27,6 +28,7 @@ PAGES = (
     ROOT / "docs" / "repair.md",
     ROOT / "docs" / "engines" / "vllm.md",
     ROOT / "docs" / "requests.md",
+    ROOT / "docs" / "runtime.md",
     ROOT / "docs" / "search.md",
 )
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -190,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "recorder-cost": recorder_cost,
     "timings": timings,
     "vllm-policy": vllm_policy,
+    **EP_LAYER_TABLES,
     **MOVE_TABLES,
     **REQUEST_TABLES,
     **SEARCH_TABLES,

@@ -8,7 +8,6 @@ Shape letters: T tokens, H hidden size, K top-k, S slots.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from eplb.runtime.ep.tables import PlacementTables
 from eplb.slots import Placement
 from eplb.topology import Topology
 
-__all__ = ["ERROR_BOUNDS", "Report", "Settings", "run"]
+__all__ = ["ERROR_BOUNDS", "Report", "Settings", "check", "run"]
 
 # Largest error of a token that rounding explains. FP8 keeps 3 bits of a mantissa: a value is up to
 # 1/16 off, 2.6% in the root mean square, and what an expert makes of it up to twice that.
@@ -111,6 +110,18 @@ def run(group: EPGroup, settings: Settings) -> Report:
             state.swap()
         state.serve(step)
     report = state.report()
+    check(report, settings)
+    return report
+
+
+def check(report: Report, settings: Settings) -> None:
+    """Raise unless errors are what rounding explains, and nothing was lost.
+
+    Raises
+    ------
+    ServingFailed
+        They are not.
+    """
     bound = ERROR_BOUNDS[settings.payload]
     # Not a number is above every bound.
     if not report.max_relative_error <= bound or report.tokens_lost:
@@ -120,7 +131,6 @@ def run(group: EPGroup, settings: Settings) -> Report:
             f"{report.steps} steps and {report.swaps} swaps with --seed {settings.seed}; this "
             "machine does not run the layer correctly: report it with the output of `eplb versions`"
         )
-    return report
 
 
 class _State:
@@ -133,7 +143,7 @@ class _State:
         dtype = torch.float32 if settings.payload == "fp32" else torch.bfloat16
         self.dtype = dtype
         self.layout = gated_layout(self.hidden, inner, dtype)
-        self.expert = partial(_expert, self.layout, settings.seed, str(group.device))
+        self.experts = _experts(self.layout, settings.seed, group.device)
         self.router = SigmoidRouter(
             self.hidden, NUM_EXPERTS, TOP_K, num_groups=NUM_GROUPS,
             groups_per_token=GROUPS_PER_TOKEN, scale=2.5,
@@ -154,7 +164,7 @@ class _State:
         for slot in range(slots.num_slots):
             held = int(tables.phys_to_log_S[first + slot])
             if held >= 0:
-                slots.load(slot, self.expert(held))
+                slots.load(slot, {name: every[held] for name, every in self.experts.items()})
         self.layer = EPMoELayer(
             group, tables, slots, self.router, hidden_size=self.hidden,
             payload=settings.payload, by_node=settings.by_node,
@@ -179,7 +189,7 @@ class _State:
         ).to(self.group.device, self.dtype)
         y_TH = layer(x_TH)
         topk_TK, weight_TK = self.router(x_TH)
-        reference_TH = reference_output(x_TH, topk_TK, weight_TK, self.expert)
+        reference_TH = reference_output(x_TH, topk_TK, weight_TK, self.experts)
         self.worst = max(self.worst, relative_error(y_TH, reference_TH))
         pairs = torch.tensor([num_tokens * TOP_K, sum(layer.received_pairs), num_tokens])
         with self.group.watched(f"figures of step {step}"):
@@ -211,12 +221,13 @@ class _State:
         return torch.from_numpy(self.common.standard_normal(shape, dtype=np.float32))
 
 
-def _expert(layout: ExpertLayout, seed: int, device: str, expert: int) -> dict[str, torch.Tensor]:
-    """Return the tensors of an expert, the same in every process."""
-    random = np.random.default_rng([seed, expert])
+def _experts(layout: ExpertLayout, seed: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the tensors of all experts, the same in every process, each [E, ...]."""
+    random = np.random.default_rng([seed, NUM_EXPERTS])
     return {
         name: torch.from_numpy(
-            random.standard_normal(shape, dtype=np.float32) / np.float32(shape[-1] ** 0.5)
+            random.standard_normal((NUM_EXPERTS, *shape), dtype=np.float32)
+            / np.float32(shape[-1] ** 0.5)
         ).to(device, dtype)
         for name, (shape, dtype) in layout.tensors.items()
     }

@@ -10,7 +10,6 @@ import time
 import traceback
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -107,24 +106,24 @@ def random_plan(rng, group, num_experts, top_k=None, *, split="even", extra=None
     )  # fmt: skip
 
 
-def make_expert(layout, seed, expert):
-    """The tensors of one logical expert, the same in every process."""
-    generator = torch.Generator().manual_seed(seed * 1000 + expert)
+def make_experts(layout, seed, num_experts):
+    """The tensors of all logical experts, the same in every process."""
+    generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (shape, dtype) in layout.tensors.items():
-        value = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+        value = torch.randn(num_experts, *shape, generator=generator) / shape[-1] ** 0.5
         if name.endswith("_scale"):
             value = value.abs() + 0.1
         tensors[name] = value.to(dtype)
     return tensors
 
 
-def fill(slots, phys_to_log_S, first_slot, expert):
+def fill(slots, phys_to_log_S, first_slot, experts):
     """Load the experts that a placement puts into this process' slots."""
     for slot in range(slots.num_slots):
         held = int(phys_to_log_S[first_slot + slot])
         if held >= 0:
-            slots.load(slot, expert(held))
+            slots.load(slot, {name: every[held] for name, every in experts.items()})
 
 
 def build(group, plan, seed, *, hidden=16, inner=8, dtype=torch.float32, biases=False, **more):
@@ -133,12 +132,12 @@ def build(group, plan, seed, *, hidden=16, inner=8, dtype=torch.float32, biases=
     tables = PlacementTables.of_plan(plan, LAYER_ID, group)
     spr = plan.topology.slots_per_rank
     slots = ExpertSlots(layout, spr * group.ranks_per_process)
-    expert = partial(make_expert, layout, seed)
-    fill(slots, tables.phys_to_log_S, group.first_rank * spr, expert)
+    experts = make_experts(layout, seed, plan.model.num_experts)
+    fill(slots, tables.phys_to_log_S, group.first_rank * spr, experts)
     queue = []
     layer = EPMoELayer(group, tables, slots, lambda _: queue.pop(0), hidden_size=hidden, **more)
     layer.routing = queue
-    return layer, expert
+    return layer, experts
 
 
 def batch(rng, num_experts, hidden, top_k, num_tokens):
@@ -152,7 +151,7 @@ def batch(rng, num_experts, hidden, top_k, num_tokens):
     )
 
 
-def check_batch(layer, expert, x, topk, weight):
+def check_batch(layer, experts, x, topk, weight):
     """One forward beside the reference; returns the error."""
     pieces = layer.micro_batches if layer.micro_batches == 1 or len(x) > 1 else 1
     layer.routing += list(zip(topk.chunk(pieces), weight.chunk(pieces), strict=True)) or [
@@ -165,7 +164,7 @@ def check_batch(layer, expert, x, topk, weight):
     assert y.dtype == x.dtype
     # What travels as FP8 has been rounded; all else is compared to the tightness of BF16.
     sent = layer.payload.decode(layer.payload.encode(x))
-    return relative_error(y, reference_output(sent, topk, weight, expert))
+    return relative_error(y, reference_output(sent, topk, weight, experts))
 
 
 def assert_nothing_lost(layer, topk, group):
@@ -210,7 +209,7 @@ def random_plan_error(group, seed, options):
     top_k = int(rng.integers(1, min(num_experts, 6) + 1))
     split = SPLITS[seed % len(SPLITS)]
     plan = random_plan(rng, group, num_experts, top_k, split=split)
-    layer, expert = build(group, plan, seed, **options)
+    layer, experts = build(group, plan, seed, **options)
     hidden = options.get("hidden", 16)
     worst = 0.0
     for step in range(2):
@@ -220,7 +219,7 @@ def random_plan_error(group, seed, options):
         if layer.payload.kind != "fp32":
             x = x.bfloat16()
         layer.word = 10 * seed + group.process
-        worst = max(worst, check_batch(layer, expert, x, topk, weight))
+        worst = max(worst, check_batch(layer, experts, x, topk, weight))
         assert layer.word_min == 10 * seed
         assert_nothing_lost(layer, topk, group)
     return agreed_maximum(worst, group)
@@ -238,7 +237,7 @@ def faults(process, num_processes, folder):
     group = make_group(num_processes, folder, timeout_s=3.0)
     rng = np.random.default_rng(0)
     plan = random_plan(rng, group, 6)
-    layer, expert = build(group, plan, 0, payload="fp32")
+    layer, experts = build(group, plan, 0, payload="fp32")
     x, topk, weight = batch(np.random.default_rng(process), 6, 16, 2, 5)
 
     # Plans that differ, and one that is for another model: all processes raise the same.
@@ -257,8 +256,8 @@ def faults(process, num_processes, folder):
         if process == 1:
             spoilt[3, 5] = bad
         with pytest.raises(ServingFailed, match="process 1 are not finite"):
-            check_batch(layer, expert, spoilt, topk, weight)
-        assert check_batch(layer, expert, x, topk, weight) < 1e-5
+            check_batch(layer, experts, spoilt, topk, weight)
+        assert check_batch(layer, experts, x, topk, weight) < 1e-5
 
     # Other tables change nothing in the output, and other layers' are refused.
     calls = []
@@ -266,9 +265,9 @@ def faults(process, num_processes, folder):
     turned = random_plan(np.random.default_rng(9), group, 6, extra=plan.topology.slots_per_rank - 2)
     tables = PlacementTables.of_plan(turned, LAYER_ID, group)
     address = layer.tables.block.data_ptr()
-    fill(layer.slots, tables.phys_to_log_S, group.first_rank * tables.slots_per_rank, expert)
+    fill(layer.slots, tables.phys_to_log_S, group.first_rank * tables.slots_per_rank, experts)
     layer.install(tables)
-    assert check_batch(layer, expert, x, topk, weight) < 1e-5
+    assert check_batch(layer, experts, x, topk, weight) < 1e-5
     assert layer.tables.block.data_ptr() == address
     assert layer.tables.digest == turned.digest()
     assert calls == [layer.step - 1]
@@ -284,6 +283,6 @@ def faults(process, num_processes, folder):
         os._exit(0)
     began = time.monotonic()
     with pytest.raises(ServingFailed, match=r"counts of layer 3, .*no word from process 2"):
-        check_batch(layer, expert, x, topk, weight)
+        check_batch(layer, experts, x, topk, weight)
     (Path(folder) / f"waited{process}").write_text(str(time.monotonic() - began))
     os._exit(0)

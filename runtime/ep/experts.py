@@ -8,7 +8,7 @@ Shape letters: P rows (token-expert pairs), H hidden size, I intermediate size, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional
@@ -17,7 +17,7 @@ from eplb.errors import InvalidInput
 from eplb.runtime.ep.expert_slots import ExpertLayout, ExpertSlots
 from eplb.runtime.ep.payload import BLOCK
 
-__all__ = ["Activation", "compute_experts", "gated_layout", "gated_silu", "run_expert"]
+__all__ = ["Activation", "compute_experts", "gated_layout", "gated_silu", "whole_weight"]
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,12 +56,12 @@ def gated_silu(gate_up: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate) * up
 
 
-def run_expert(
+def _run_expert(
     x: torch.Tensor, tensors: dict[str, torch.Tensor], activation: Activation
 ) -> torch.Tensor:
     """Return what one expert makes of rows, in their type."""
-    hidden = functional.linear(x, _weight(tensors, "w13", x.dtype), _bias(tensors, "b13", x))
-    weight = _weight(tensors, "w2", x.dtype)
+    hidden = functional.linear(x, whole_weight(tensors, "w13", x.dtype), _bias(tensors, "b13", x))
+    weight = whole_weight(tensors, "w2", x.dtype)
     return functional.linear(activation(hidden), weight, _bias(tensors, "b2", x))
 
 
@@ -91,11 +91,11 @@ def compute_experts(
     # Grouped GEMMs of torch 2.11 take BF16 on GPUs.
     if not x_PH.is_cuda or x_PH.dtype != torch.bfloat16:
         return _one_by_one(x_PH, end_S.tolist(), tensors, activation)
-    w13 = _weight(tensors, "w13", x_PH.dtype).transpose(1, 2)
+    w13 = whole_weight(tensors, "w13", x_PH.dtype).transpose(1, 2)
     hidden = functional.grouped_mm(x_PH, w13, offs=end_S)
     if "b13" in tensors:
         hidden += tensors["b13"][slot_P]
-    w2 = _weight(tensors, "w2", x_PH.dtype).transpose(1, 2)
+    w2 = whole_weight(tensors, "w2", x_PH.dtype).transpose(1, 2)
     out = functional.grouped_mm(activation(hidden), w2, offs=end_S)
     if "b2" in tensors:
         out += tensors["b2"][slot_P]
@@ -113,7 +113,7 @@ def _one_by_one(
     for slot, end in enumerate(end_S):
         if end > begin:
             of_slot = {name: tensor[slot] for name, tensor in tensors.items()}
-            out_PH[begin:end] = run_expert(x_PH[begin:end], of_slot, activation)
+            out_PH[begin:end] = _run_expert(x_PH[begin:end], of_slot, activation)
         begin = end
     return out_PH
 
@@ -122,7 +122,9 @@ def _bias(tensors: dict[str, torch.Tensor], name: str, like: torch.Tensor) -> to
     return tensors[name].to(like.dtype) if name in tensors else None
 
 
-def _weight(tensors: dict[str, torch.Tensor], name: str, dtype: torch.dtype) -> torch.Tensor:
+def whole_weight(
+    tensors: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype
+) -> torch.Tensor:
     """Return a weight as it is multiplied: FP8 is multiplied out with its scales."""
     weight = tensors[name]
     if weight.dtype == dtype:

@@ -147,6 +147,16 @@ OPTIONS = {
         "--without-quality",
         "-o",
     },
+    "selftest": {
+        "--backend",
+        "--json",
+        "--nodes",
+        "--payload",
+        "--ranks",
+        "--seed",
+        "--steps",
+        "--write-topology",
+    },
     "profile convert": {
         "PROFILE...",
         "--json",
