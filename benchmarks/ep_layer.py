@@ -223,8 +223,9 @@ def _alone(bench: Bench, run: Callable[[], Any]) -> float:
 def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict[str, Any]:
     """Return the times of dispatch and combine by part, and of all_to_all_single for their bytes.
 
-    All but ``counts`` with launches hidden. ``dispatch`` is from packing rows to having received them, ``combine`` from having the results
-    to having them added up; ``counts`` is what comes before, the host's wait included.
+    All but ``counts`` with launches hidden. ``dispatch`` is from packing rows to having received
+    them, ``combine`` from having the results to having them added up; ``counts`` is what comes
+    before, the host's wait included.
     """
     group = bench.group
     variant = next(v for v in inputs.variants() if v.name == "even router")

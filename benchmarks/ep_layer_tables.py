@@ -42,8 +42,16 @@ def layer() -> str:
                     "" if experts is None else f"{experts['slowest_ms']:.2f}",
                 ]
             )
-    head = ["", "plan, rule", "ms a layer", "tokens/s", "of the even router",
-            "imbalance, rows", "imbalance, tokens", "experts of the slowest rank alone, ms"]  # fmt: skip
+    head = [
+        "",
+        "plan, rule",
+        "ms a layer",
+        "tokens/s",
+        "of the even router",
+        "imbalance, rows",
+        "imbalance, tokens",
+        "experts of the slowest rank alone, ms",
+    ]
     return _markdown(head, body) + _measured_on()
 
 

@@ -31,9 +31,11 @@ from eplb.topology import Topology
 
 __all__ = ["ERROR_BOUNDS", "Report", "Settings", "check", "run"]
 
-# Largest error of a token that rounding explains. FP8 keeps 3 bits of a mantissa: a value is up to
-# 1/16 off, 2.6% in the root mean square, and what an expert makes of it up to twice that.
-ERROR_BOUNDS = {"fp32": 1e-5, "bf16": 1e-2, "fp8": 6e-2}
+# Largest error of a token that rounding explains. BF16 rounds a value by 0.11% in the root mean
+# square, some six times on the way of a token, of which a few in ten thousand are four times as far
+# off. FP8 keeps 3 bits of a mantissa: 2.6% in the root mean square, up to twice that behind the
+# product in an expert, and as unlucky tokens.
+ERROR_BOUNDS = {"fp32": 1e-5, "bf16": 1.5e-2, "fp8": 7.5e-2}
 
 LAYER_ID = 3
 NUM_EXPERTS, TOP_K = 24, 4
@@ -138,7 +140,8 @@ class _State:
 
     def __init__(self, group: EPGroup, settings: Settings) -> None:
         self.group, self.settings = group, settings
-        wide = group.device.type == "cuda"
+        # Where rounding is large, wide tokens keep it near its mean.
+        wide = settings.payload != "fp32"
         self.hidden, inner = (512, 256) if wide else (64, 32)
         dtype = torch.float32 if settings.payload == "fp32" else torch.bfloat16
         self.dtype = dtype

@@ -11,10 +11,10 @@ import yaml
 
 pytest.importorskip("torch")
 
-from eplb.cli.main import cli  # noqa: E402
-from eplb.errors import InvalidInput, ServingFailed  # noqa: E402
-from eplb.runtime import selftest  # noqa: E402
-from eplb.runtime.launch import num_processes, run_on_ranks  # noqa: E402
+from eplb.cli.main import cli
+from eplb.errors import InvalidInput, ServingFailed
+from eplb.runtime import selftest
+from eplb.runtime.launch import num_processes, run_on_ranks
 
 
 def invoke(*words):
@@ -38,7 +38,7 @@ def test_the_report_and_the_topology_file(tmp_path, capsys):
 def test_options_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(InvalidInput, match=r"--ranks \(3\) must be divisible by --nodes \(2\)"):
         invoke("selftest", "--ranks", "3", "--nodes", "2", "--backend", "gloo")
-    with pytest.raises(InvalidInput, match="the folder .* does not exist"):
+    with pytest.raises(InvalidInput, match=r"the folder .* does not exist"):
         invoke("selftest", "--write-topology", str(tmp_path / "none" / "x.yaml"))
 
 
