@@ -49,6 +49,7 @@ class Bench:
 
     def __init__(self, group: EPGroup, *, tiny: bool) -> None:
         self.group, self.tiny = group, tiny
+        self.warm_ups, self.repeats = (0, 1) if tiny else (WARM_UPS, REPEATS)
         self.hidden, inner = (64, 32) if tiny else (7168, 2048)
         self.dtype = torch.float32 if tiny else torch.bfloat16
         self.layout = gated_layout(self.hidden, inner, self.dtype)
@@ -137,10 +138,10 @@ def throughput(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dic
             for i, layer_id in enumerate(variant.plan.placement.layer_ids)
         ]  # fmt: skip
     spent: dict[str, list[float]] = {name: [] for name in layers}
-    for repetition in range(WARM_UPS + REPEATS):
+    for repetition in range(bench.warm_ups + bench.repeats):
         for name, of_plan in layers.items():
             milliseconds = bench.milliseconds(lambda of_plan=of_plan: [f(x_TH) for f in of_plan])
-            if repetition >= WARM_UPS:
+            if repetition >= bench.warm_ups:
                 spent[name].append(milliseconds / len(of_plan))
     ceiling = statistics.median(spent["even router"])
     results: dict[str, Any] = {}
@@ -246,7 +247,7 @@ def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict
         ahead = name != "counts"
         parts.setdefault(name, []).append(bench.milliseconds(run, ahead=ahead))
 
-    for _ in range(WARM_UPS + 2 * REPEATS):
+    for _ in range(bench.warm_ups + 2 * bench.repeats):
         crossing = Crossing(group, hop, "benchmark")
 
         def counts(crossing: Crossing = crossing) -> None:
@@ -276,7 +277,7 @@ def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict
         note("dispatch, all_to_all_single", partial(plain, there, packed, got, sent))
         note("combine, all_to_all_single", partial(plain, back, rows, sent, got))
     found: dict[str, Any] = {
-        name: statistics.median(times[WARM_UPS:]) for name, times in parts.items()
+        name: statistics.median(times[bench.warm_ups :]) for name, times in parts.items()
     }
     found["rows_sent"], found["rows_to_others"] = sum(sent), sum(sent) - sent[group.process]
     found["bytes_per_row"] = int(there.shape[1])
