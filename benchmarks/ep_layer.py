@@ -30,7 +30,7 @@ import torch.distributed as dist
 from run import environment
 
 from eplb.plan import Plan
-from eplb.runtime.ep.exchange import Crossing, Hop
+from eplb.runtime.ep.exchange import Crossing, Hop, Received
 from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.experts import compute_experts, gated_layout, gated_silu
 from eplb.runtime.ep.group import EPGroup
@@ -93,16 +93,17 @@ class Bench:
         """
         self.group.barrier()
         if self.group.device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             # The first collective holds all processes until the last one is there.
             dist.all_reduce(torch.zeros(1, device=self.group.device))
             if ahead:
-                torch.cuda._sleep(_AHEAD_CYCLES)
+                torch.cuda._sleep(_AHEAD_CYCLES)  # type: ignore[no-untyped-call]
             begin.record()
             run()
             end.record()
-            end.synchronize()  # type: ignore[no-untyped-call]
-            spent = begin.elapsed_time(end)  # type: ignore[no-untyped-call]
+            end.synchronize()
+            spent = begin.elapsed_time(end)
         else:
             import time  # noqa: PLC0415
 
@@ -140,7 +141,7 @@ def throughput(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dic
     spent: dict[str, list[float]] = {name: [] for name in layers}
     for repetition in range(bench.warm_ups + bench.repeats):
         for name, of_plan in layers.items():
-            milliseconds = bench.milliseconds(lambda of_plan=of_plan: [f(x_TH) for f in of_plan])
+            milliseconds = bench.milliseconds(partial(_forward, of_plan, x_TH))
             if repetition >= bench.warm_ups:
                 spent[name].append(milliseconds / len(of_plan))
     ceiling = statistics.median(spent["even router"])
@@ -160,7 +161,12 @@ def throughput(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dic
     return results
 
 
-def gathered(of_ranks: list[list[int]], group: EPGroup) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _forward(layers: list[EPMoELayer], x_TH: torch.Tensor) -> None:
+    for layer in layers:
+        layer(x_TH)
+
+
+def gathered(of_ranks: list[list[Any]], group: EPGroup) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return figures of this process' ranks for all ranks, shape [L, R]."""
     found: list[Any] = [None] * group.num_processes
     dist.all_gather_object(found, of_ranks, group=group.control)
@@ -188,7 +194,7 @@ def rank_by_rank(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> d
                 x_PH = torch.randn(len(slot_P), bench.hidden, device=group.device).to(bench.dtype)
                 local = (rank - group.first_rank) * spr
                 _part(one_rank, bench.slots, local, spr)
-                run = lambda x=x_PH, s=slot_P: compute_experts(x, s, one_rank, gated_silu)  # noqa: E731
+                run = partial(compute_experts, x_PH, slot_P, one_rank, gated_silu)
                 run()
                 of_layer.append(statistics.median(_alone(bench, run) for _ in range(3)))
             times_LR.append(of_layer)
@@ -213,12 +219,13 @@ def _part(view: ExpertSlots, slots: ExpertSlots, first: int, number: int) -> Non
 def _alone(bench: Bench, run: Callable[[], Any]) -> float:
     if bench.group.device.type != "cuda":
         return bench.milliseconds(run)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     begin.record()
     run()
     end.record()
-    end.synchronize()  # type: ignore[no-untyped-call]
-    return float(begin.elapsed_time(end))  # type: ignore[no-untyped-call]
+    end.synchronize()
+    return float(begin.elapsed_time(end))
 
 
 def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict[str, Any]:
@@ -252,17 +259,15 @@ def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict
 
         def counts(crossing: Crossing = crossing) -> None:
             crossing.count(slot_TK, weight_TK, words)
-            crossing._counts_on_host = crossing._read_counts()  # type: ignore[attr-defined]
+            crossing.learn()
+
+        def dispatch(crossing: Crossing = crossing) -> Received:
+            crossing.post(bytes_TB)
+            return crossing.receive()
 
         note("counts", counts)
-        crossing._read_counts = lambda c=crossing: c._counts_on_host  # type: ignore[method-assign]
-
-        def dispatch(crossing: Crossing = crossing) -> None:
-            crossing.post(bytes_TB)
-            crossing.receive()
-
         note("dispatch", dispatch)
-        sent, got = crossing._send_rows, crossing._receive_rows
+        sent, got = crossing.send_rows, crossing.receive_rows
         rows = torch.empty(sum(got), bench.hidden, dtype=layer.payload.dtype, device=group.device)
 
         def combine(crossing: Crossing = crossing, rows: torch.Tensor = rows) -> None:
@@ -270,7 +275,7 @@ def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict
             crossing.finish(layer.payload.dtype)
 
         note("combine", combine)
-        there = torch.empty_like(crossing._received_NB)
+        there = torch.empty_like(crossing.received_NB)
         packed = torch.empty(sum(sent), there.shape[1], dtype=torch.uint8, device=group.device)
         back = torch.empty(sum(sent), bench.hidden, dtype=rows.dtype, device=group.device)
         plain = partial(dist.all_to_all_single, group=group.process_group)

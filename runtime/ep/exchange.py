@@ -73,15 +73,20 @@ class Received:
 class Crossing:
     """Rows of one batch on their way through a hop and back.
 
-    Call :meth:`count`, :meth:`post`, :meth:`receive`, :meth:`post_back` and :meth:`finish` in this
-    order; ``post`` and ``post_back`` start what the next call waits for.
+    Call :meth:`count`, :meth:`learn`, :meth:`post`, :meth:`receive`, :meth:`post_back` and
+    :meth:`finish` in this order; ``count``, ``post`` and ``post_back`` start what the next call
+    waits for.
 
     Attributes
     ----------
     words : tuple of int
-        After ``post``: the minimum of each word over the processes of the hop.
+        After ``learn``: the minimum of each word over the processes of the hop.
     rows_CP, pairs_CP : list of list of int
-        After ``post``: rows and token-expert pairs from each process to each of the own parts.
+        After ``learn``: rows and token-expert pairs from each process to each of the own parts.
+    send_rows, receive_rows : list of int
+        After ``learn``: rows to and from each process.
+    received_NB : Tensor of uint8
+        After ``post``: what the rows are received in.
     """
 
     def __init__(self, group: EPGroup, hop: Hop, what: str) -> None:
@@ -89,8 +94,8 @@ class Crossing:
         self.words: tuple[int, ...] = ()
         self.rows_CP: list[list[int]] = []
         self.pairs_CP: list[list[int]] = []
-        self._send_rows: list[int] = []
-        self._receive_rows: list[int] = []
+        self.send_rows: list[int] = []
+        self.receive_rows: list[int] = []
         self._work: dist.Work | None = None
 
     def count(self, slot_TK: torch.Tensor, weight_TK: torch.Tensor, words: torch.Tensor) -> None:
@@ -115,27 +120,29 @@ class Crossing:
             )
         self._counts = counts_CX, received_CX
 
-    def post(self, bytes_TB: torch.Tensor) -> None:
-        """Wait for the counts and start the rows on their way."""
-        counts, hop = self._read_counts(), self._hop
-        per_process = hop.parts_per_process
-        sent_CX, received_CX = counts
-        self._send_rows = sent_CX[:, :per_process].sum(1).tolist()
+    def learn(self) -> None:
+        """Wait for the counts, on the host."""
+        per_process = self._hop.parts_per_process
+        sent_CX, received_CX = self._read_counts()
+        self.send_rows = sent_CX[:, :per_process].sum(1).tolist()
         self.rows_CP = received_CX[:, :per_process].tolist()
         self.pairs_CP = received_CX[:, per_process : 2 * per_process].tolist()
-        self._receive_rows = [sum(rows) for rows in self.rows_CP]
+        self.receive_rows = [sum(rows) for rows in self.rows_CP]
         self.words = tuple(received_CX[:, 2 * per_process :].amin(0).tolist())
-        sent_NB = self._pack(bytes_TB, sum(self._send_rows))
+
+    def post(self, bytes_TB: torch.Tensor) -> None:
+        """Start the rows on their way."""
+        sent_NB = self._pack(bytes_TB, sum(self.send_rows))
         self._num_bytes = bytes_TB.shape[1]
-        self._received_NB = sent_NB.new_empty(sum(self._receive_rows), sent_NB.shape[1])
-        self._start(self._received_NB, sent_NB, self._receive_rows, self._send_rows, "dispatch")
+        self.received_NB = sent_NB.new_empty(sum(self.receive_rows), sent_NB.shape[1])
+        self._start(self.received_NB, sent_NB, self.receive_rows, self.send_rows, "dispatch")
 
     def receive(self) -> Received:
         """Return the rows once they are there (on a GPU: before what is launched next)."""
         self._finish_work("dispatch")
         K, size = self._slot_TK.shape[1], self._num_bytes
         meta = _aligned(size)
-        rows_NB = self._received_NB
+        rows_NB = self.received_NB
         return Received(
             bytes_NB=rows_NB[:, :size],
             slot_NK=rows_NB[:, meta : meta + 4 * K].view(torch.int32),
@@ -145,8 +152,8 @@ class Crossing:
 
     def post_back(self, sums_NH: torch.Tensor) -> None:
         """Start the results of the received rows on their way back."""
-        self._returned_NH = sums_NH.new_empty(sum(self._send_rows), sums_NH.shape[1])
-        self._start(self._returned_NH, sums_NH, self._send_rows, self._receive_rows, "combine")
+        self._returned_NH = sums_NH.new_empty(sum(self.send_rows), sums_NH.shape[1])
+        self._start(self._returned_NH, sums_NH, self.send_rows, self.receive_rows, "combine")
 
     def finish(self, dtype: torch.dtype) -> torch.Tensor:
         """Return the sum of each token's results over its parts, in order, [T, H]."""

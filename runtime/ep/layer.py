@@ -199,6 +199,7 @@ class EPMoELayer(nn.Module):
         crossing = Crossing(self.group, hop, f"layer {self.layer_id}, step {self.step}")
         crossing.count(slot_TK, weight_TK, words)
         yield
+        crossing.learn()
         crossing.post(bytes_TB)
         if rest:
             words = torch.tensor(crossing.words, device=words.device)
