@@ -179,7 +179,6 @@ def rank_by_rank(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> d
     Two ranks on a GPU hide part of their imbalance from :func:`throughput`.
     """
     group, spr = bench.group, ep_layer_inputs.SLOTS_PER_RANK
-    one_rank = ExpertSlots.__new__(ExpertSlots)
     results: dict[str, Any] = {}
     for variant in inputs.variants():
         if variant.payload != "bf16" or variant.micro_batches != 1:
@@ -192,8 +191,7 @@ def rank_by_rank(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> d
                 counts = torch.from_numpy(rows_S[rank * spr : (rank + 1) * spr])
                 slot_P = torch.arange(spr).repeat_interleave(counts).to(group.device)
                 x_PH = torch.randn(len(slot_P), bench.hidden, device=group.device).to(bench.dtype)
-                local = (rank - group.first_rank) * spr
-                _part(one_rank, bench.slots, local, spr)
+                one_rank = bench.slots.part((rank - group.first_rank) * spr, spr)
                 run = partial(compute_experts, x_PH, slot_P, one_rank, gated_silu)
                 run()
                 of_layer.append(statistics.median(_alone(bench, run) for _ in range(3)))
@@ -207,13 +205,6 @@ def rank_by_rank(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> d
     for figures in results.values():
         figures["of_even_router"] = ceiling / figures["slowest_ms"]
     return results
-
-
-def _part(view: ExpertSlots, slots: ExpertSlots, first: int, number: int) -> None:
-    """Make ``view`` the slots of one rank."""
-    view.layout, view.num_slots = slots.layout, number
-    view.rows = slots.rows[first : first + number]
-    view._views = {name: view._view(name) for name in slots.layout.fields}
 
 
 def _alone(bench: Bench, run: Callable[[], Any]) -> float:

@@ -81,7 +81,7 @@ def _add(
     routed_LTK: NDArray[np.integer[Any]],
 ) -> None:
     ids = [fitted.layer_ids[layer] for layer in layers]
-    profile = fitted.of_layers(ids) if hasattr(fitted, "of_layers") else _layers(fitted, layers)
+    profile = _layers(fitted, layers)
     arrays[f"{name}/layer_ids"] = np.array(ids)
     arrays[f"{name}/recorded"] = routed_LTK.astype(np.uint8)
     random = np.random.default_rng(1)
@@ -118,7 +118,7 @@ def _plans(profile: LoadProfile) -> list[tuple[str, str, NDArray[Any], NDArray[A
     model = _model(profile.layer_ids)
     for split in SPLITS:
         problem = Problem(profile=profile, model=model, topology=TOPOLOGY, split=split)
-        # Water-filled fractions leave search little to do where every rank can be reached.
+        # Four ranks and eight replicas: pouring balances what greedy places.
         solver = "greedy" if split == "batch" else "search"
         placement = solve(problem, solver, Effort(time_limit_s=SECONDS)).placement
         found.append(("eplb", split, placement.phys_to_log_LS, placement.split_weights_LS))

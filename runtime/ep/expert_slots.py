@@ -136,6 +136,14 @@ class ExpertSlots:
             )
         return self._views[name]
 
+    def part(self, first: int, number: int) -> ExpertSlots:
+        """Return some of the slots, over the same memory."""
+        some = ExpertSlots.__new__(ExpertSlots)
+        some.layout, some.num_slots = self.layout, number
+        some.rows = self.rows[first : first + number]
+        some._views = {name: some._view(name) for name in self.layout.fields}
+        return some
+
     def load(self, slot: int, tensors: Mapping[str, torch.Tensor]) -> None:
         """Put one expert into a slot: all of its tensors, or nothing happens.
 

@@ -56,6 +56,16 @@ def test_checksums_see_a_flipped_bit_and_exchanged_words():
     assert slots.checksum(0) != before
 
 
+def test_parts_share_the_memory():
+    slots = ExpertSlots(LAYOUT, 3)
+    part = slots.part(1, 2)
+    part.load(0, expert(4))
+    assert slots.checksum(1) == part.checksum(0) != 0
+    assert torch.equal(slots.tensor("w13")[1], part.tensor("w13")[0])
+    with pytest.raises(InvalidInput, match="slot 2 is not"):
+        part.checksum(2)
+
+
 def test_digests_tell_layouts_apart():
     other = ExpertLayout({**LAYOUT.tensors, "b2": ((6,), torch.float32)})
     turned = ExpertLayout(dict(reversed(LAYOUT.tensors.items())))
