@@ -408,7 +408,7 @@ def plan_report(plan: Plan, solution: Solution, output: str) -> dict[str, Any]:
 def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> None:
     """Print what the plan does: before and after, bound and gap, and what was written."""
     from eplb.cli import show
-    from eplb.metrics import rank_load
+    from eplb.metrics import imbalance, rank_load, step_costs
     from eplb.slots import replica_count
 
     profile, topology, model = problem.profile, problem.topology, problem.model
@@ -417,6 +417,8 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     first = "even" if problem.split == "weighted" else problem.split
     before = evaluate(profile, start, topology, first)
     after = solution.balance
+    before_WLR = rank_load(profile, start, topology, first)
+    after_WLR = rank_load(profile, plan.placement, topology, problem.split)
     out = show.console()
     out.print(show.profile_line(profile))
     out.print(
@@ -431,8 +433,8 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
         show.layer_table(
             profile,
             [
-                ("before", before, rank_load(profile, start, topology, first)),
-                ("after", after, rank_load(profile, plan.placement, topology, problem.split)),
+                ("before", before, before_WLR),
+                ("after", after, after_WLR),
             ],
             solution.bound_L,
         )
@@ -461,6 +463,13 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     )
     out.print(figures)
     out.print()
+    if profile.num_windows > 1:
+        costs = [
+            (name, step_costs(imbalance(load_WLR)))
+            for name, load_WLR in (("before", before_WLR), ("after", after_WLR))
+        ]
+        out.print(show.window_table(costs))
+        out.print()
     if problem.statistic != "mean":
         what = "worst window" if problem.statistic == "worst" else "mean of the worst tenth"
         out.print(f"Minimised: the {what}, {solution.objective:.4f}.")
