@@ -265,7 +265,7 @@ def test_forty_columns_hold_the_figures(tmp_path):
             [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, check=True,
             env={**os.environ, "COLUMNS": "40", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"},
         )  # fmt: skip
-        text = result.stdout.decode()
+        text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout.decode())
         assert "\u2026" not in text
         assert max(map(len, text.splitlines())) <= 40
         assert re.search(r"^7 .* \d\.\d+ ", text, re.MULTILINE)
