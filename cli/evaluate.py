@@ -193,7 +193,9 @@ def _show(
     out.print(figures)
     if profile.num_windows > 1:
         out.print()
-        out.print(show.window_table([("this plan", step_costs(imbalance(load_WLR)))]))
+        out.print(
+            show.window_table([("this plan", step_costs(imbalance(load_WLR, plan.topology)))])
+        )
     if len(balance.by_scenario) > 1:
         out.print()
         grid = show.table("scenario", "mean", "p95", "worst", "balancedness")

@@ -465,7 +465,7 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     out.print()
     if profile.num_windows > 1:
         costs = [
-            (name, step_costs(imbalance(load_WLR)))
+            (name, step_costs(imbalance(load_WLR, topology)))
             for name, load_WLR in (("before", before_WLR), ("after", after_WLR))
         ]
         out.print(show.window_table(costs))

@@ -18,7 +18,7 @@ from eplb.metrics import Balance, balance_of, imbalance, rank_load, relative_loa
 from eplb.placement.bound import layer_bounds
 from eplb.placement.windows import scaled_windows, window_weights
 from eplb.plan import Plan
-from eplb.slots import initial_placement
+from eplb.slots import EMPTY, Placement, initial_placement
 
 __all__ = [
     "Comparison",
@@ -59,8 +59,16 @@ class Side:
         return balance_of(load_WLR, topology, profile.layer_ids, names)
 
     def relative_LR(self, chosen_W: NDArray[np.bool_]) -> FloatArray:
-        """Return rank loads over the mean of their layer and window, mean over windows."""
-        return mean_where(relative_load(self.load_WLR[chosen_W], self.plan.topology), axis=0)
+        """Return rank loads over the mean of their layer and window, mean over windows.
+
+        The load of a rank counts as load / speed; NaN for ranks out of service.
+        """
+        topology = self.plan.topology
+        relative_LR = np.full(self.load_WLR.shape[1:], np.nan)
+        relative_LR[:, topology.ranks_in_service] = mean_where(
+            relative_load(self.load_WLR[chosen_W], topology), axis=0
+        )
+        return relative_LR
 
     def step_W(self) -> FloatArray:
         """Return what each window costs: its mean imbalance over layers."""
@@ -145,7 +153,7 @@ def compare(
     fitted_W: NDArray[np.bool_],
     previous: Plan | None = None,
 ) -> Comparison:
-    """Score a plan beside the previous one, or beside a placement without replicas.
+    """Score a plan beside the previous one, or beside what engines start with.
 
     Raises
     ------
@@ -153,13 +161,11 @@ def compare(
         Profile and plans do not fit each other.
     """
     if previous is None:
-        start = initial_placement(
-            plan.placement.layer_ids, plan.model.num_experts, plan.topology.num_slots
-        )
+        start = _initial_placement(plan)
         # What engines start with has no fractions of its own.
         split = "even" if plan.split == "weighted" else plan.split
         before = replace(plan, placement=start, split=split, quality=None)
-        name = "no replicas"
+        name = "initial placement"
     else:
         before, name = previous, "previous plan"
 
@@ -173,6 +179,17 @@ def compare(
         before=side(name, before),
         after=side("this plan", plan),
     )
+
+
+def _initial_placement(plan: Plan) -> Placement:
+    """Return experts in order of id, on the slots that ranks in service have."""
+    usable_S = plan.topology.has_slot_RK.reshape(-1)
+    start = initial_placement(
+        plan.placement.layer_ids, plan.model.num_experts, plan.topology.num_usable_slots
+    )
+    slots_LS = np.full((start.num_layers, plan.topology.num_slots), EMPTY)
+    slots_LS[:, usable_S] = start.phys_to_log_LS
+    return replace(start, phys_to_log_LS=slots_LS)
 
 
 def mean_where(values: FloatArray, axis: int) -> FloatArray:
