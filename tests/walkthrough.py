@@ -17,6 +17,9 @@ from pathlib import Path
 BLOCK = re.compile(r"^```(python|console)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"^\$ ((?:.*\\\n)*.*)\n", re.MULTILINE)
 
+# What the folder is called in the page.
+HOME = "/home/you"
+
 
 def follow(page: str, folder: Path) -> str:
     """Return the page with the outputs that its commands have in this folder."""
@@ -44,7 +47,8 @@ def _output(command: str, folder: Path) -> str:
              "PYTHONIOENCODING": "utf-8"},
     )  # fmt: skip
     assert result.returncode == 0, f"{command}\n{result.stdout}{result.stderr}"
-    return "".join(f"{line.rstrip()}\n" for line in result.stdout.splitlines())
+    shown = result.stdout.replace(str(folder), HOME)
+    return "".join(f"{line.rstrip()}\n" for line in shown.splitlines())
 
 
 def _commands(folder: Path) -> Path:
