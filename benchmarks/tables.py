@@ -28,7 +28,7 @@ PAGES = (
     ROOT / "docs" / "report.md",
     ROOT / "docs" / "engines" / "vllm.md",
     ROOT / "docs" / "requests.md",
-    ROOT / "docs" / "search.md",
+    ROOT / "docs" / "searching.md",
 )
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

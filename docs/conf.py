@@ -15,7 +15,8 @@ extensions = [
     "sphinx_click",
 ]
 source_suffix = {".md": "markdown"}
-exclude_patterns = ["pictures"]
+# Sphinx makes a page of this name itself and would overwrite ours.
+exclude_patterns = ["pictures", "search.md"]
 
 # Anchors of headings as GitHub makes them, so that links work in both places.
 myst_heading_anchors = 4
