@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
+from eplb.cli.plan import engine_start
 from eplb.load_profile import LoadProfile, replace_windows
 from eplb.metrics import Balance, balance_of, imbalance, rank_load, relative_load
 from eplb.placement.bound import layer_bounds
 from eplb.placement.windows import scaled_windows, window_weights
 from eplb.plan import Plan
-from eplb.slots import EMPTY, Placement, initial_placement
 
 __all__ = [
     "Comparison",
@@ -161,7 +161,7 @@ def compare(
         Profile and plans do not fit each other.
     """
     if previous is None:
-        start = _initial_placement(plan)
+        start = engine_start(plan.placement.layer_ids, plan.model.num_experts, plan.topology)
         # What engines start with has no fractions of its own.
         split = "even" if plan.split == "weighted" else plan.split
         before = replace(plan, placement=start, split=split, quality=None)
@@ -179,17 +179,6 @@ def compare(
         before=side(name, before),
         after=side("this plan", plan),
     )
-
-
-def _initial_placement(plan: Plan) -> Placement:
-    """Return experts in order of id, on the slots that ranks in service have."""
-    usable_S = plan.topology.has_slot_RK.reshape(-1)
-    start = initial_placement(
-        plan.placement.layer_ids, plan.model.num_experts, plan.topology.num_usable_slots
-    )
-    slots_LS = np.full((start.num_layers, plan.topology.num_slots), EMPTY)
-    slots_LS[:, usable_S] = start.phys_to_log_LS
-    return replace(start, phys_to_log_LS=slots_LS)
 
 
 def mean_where(values: FloatArray, axis: int) -> FloatArray:
