@@ -139,6 +139,8 @@ class Comparison:
             reached_L=mean_where(
                 self.after.imbalance_WL[self.shown_W][:, self._rows_of(profile)], axis=0
             ),
+            # As for the plan itself: thorough bounds take a compiler, which greedy does without.
+            thorough=self.plan.provenance.get("solver") not in (None, "greedy"),
         )
         bound_L[self._rows_of(profile)] = found_L
         return bound_L
