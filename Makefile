@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LINKS := build/__editable__.eplb_toolkit-0.1.0-py3-none-any
 
-.PHONY: demo test test-engines check format benchmark clean
+.PHONY: demo test test-engines check format docs benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/eplb demo
@@ -27,6 +27,11 @@ format: $(VENV)/.tested
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Warnings are errors: a link that leads nowhere, a page that no list of contents has.
+docs: $(VENV)/.documented
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo "Built: build/docs/index.html"
+
 benchmark: $(VENV)/.tested
 	$(BIN)/python benchmarks/run.py
 
@@ -47,6 +52,10 @@ $(VENV)/.installed: $(VENV)/bin/pip pyproject.toml constraints.txt $(FOLDERS)
 $(VENV)/.tested: $(VENV)/.installed
 	$(BIN)/pip install -q "pip>=25.1"
 	$(BIN)/pip install -q -c constraints.txt --group dev -e ".[runtime,plots]" --config-settings editable_mode=strict
+	touch $@
+
+$(VENV)/.documented: $(VENV)/.tested
+	$(BIN)/pip install -q -c constraints.txt --group docs
 	touch $@
 
 # Wheels without what they depend on: the tests load single modules of them.

@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/search.md: ``python benchmarks/search_pictures.py``."""
+"""Draw the pictures of docs/searching.md: ``python benchmarks/search_pictures.py``."""
 
 from __future__ import annotations
 

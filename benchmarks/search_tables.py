@@ -1,4 +1,4 @@
-"""Tables of docs/search.md, from what ``search.py`` measured."""
+"""Tables of docs/searching.md, from what ``search.py`` measured."""
 
 from __future__ import annotations
 

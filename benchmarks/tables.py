@@ -26,10 +26,11 @@ PAGES = (
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "recording.md",
     ROOT / "docs" / "repair.md",
+    ROOT / "docs" / "report.md",
     ROOT / "docs" / "engines" / "vllm.md",
     ROOT / "docs" / "requests.md",
     ROOT / "docs" / "runtime.md",
-    ROOT / "docs" / "search.md",
+    ROOT / "docs" / "searching.md",
 )
 _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -184,12 +185,32 @@ def _shared_machine(environment: dict[str, Any]) -> str:
     )
 
 
+def report_page() -> str:
+    """Return the time of ``eplb report`` and the size of its page."""
+    results, environment = _report("report-page.json")
+    body = [
+        [
+            name.upper(),
+            f"{row['layers']} x {row['windows']}",
+            f"{row['min_s']:.1f} ({row['median_s']:.1f})",
+            f"{row['processor_s_mean']:.1f}",
+            f"{row['page_bytes'] / 1e6:.1f}",
+            "" if row["draw_s"] is None else f"{row['draw_s']:.1f}",
+        ]
+        for name, row in results.items()
+    ]
+    head = ["", "layers x windows", "s, least (median)", "of it processor", "MB",
+            "s to draw, Chromium"]  # fmt: skip
+    return _markdown(head, body) + _measured_on(environment)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "exact": exact,
     "exact-pairs": exact_pairs,
     "greedy": greedy,
     "greedy-short": greedy_short,
     "recorder-cost": recorder_cost,
+    "report-page": report_page,
     "timings": timings,
     "vllm-policy": vllm_policy,
     **EP_LAYER_TABLES,

@@ -158,7 +158,7 @@ def _show(
     plan: Plan, profile: LoadProfile, balance: Balance, split: str, tokens: dict[str, float] | None
 ) -> None:
     from eplb.cli import show
-    from eplb.metrics import rank_load
+    from eplb.metrics import imbalance, rank_load, step_costs
     from eplb.model import UNKNOWN_MODEL
 
     out = show.console()
@@ -191,6 +191,11 @@ def _show(
         figures.add_row("imbalance of tokens, mean", show.ratio(tokens["imbalance_mean"]))
         figures.add_row("ranks a token is sent to", f"{tokens['ranks_per_token_mean']:.2f}")
     out.print(figures)
+    if profile.num_windows > 1:
+        out.print()
+        out.print(
+            show.window_table([("this plan", step_costs(imbalance(load_WLR, plan.topology)))])
+        )
     if len(balance.by_scenario) > 1:
         out.print()
         grid = show.table("scenario", "mean", "p95", "worst", "balancedness")

@@ -36,10 +36,15 @@ from eplb.topology import TOPOLOGY_PRESETS, Topology, topology_preset
 from eplb.topology_file import is_topology_file, read_topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from rich.table import Table
+
+    from eplb.arrays import FloatArray
 
 __all__ = [
     "command",
+    "engine_start",
     "make_plan",
     "model_of",
     "show_plan",
@@ -412,11 +417,13 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     from eplb.slots import replica_count
 
     profile, topology, model = problem.profile, problem.topology, problem.model
-    start = _engine_start(problem, profile)
+    start = engine_start(profile.layer_ids, model.num_experts, topology)
     # What engines start with has no fractions of its own.
     first = "even" if problem.split == "weighted" else problem.split
     before = evaluate(profile, start, topology, first)
     after = solution.balance
+    before_WLR = rank_load(profile, start, topology, first)
+    after_WLR = rank_load(profile, plan.placement, topology, problem.split)
     out = show.console()
     out.print(show.profile_line(profile))
     out.print(
@@ -431,8 +438,8 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
         show.layer_table(
             profile,
             [
-                ("before", before, rank_load(profile, start, topology, first)),
-                ("after", after, rank_load(profile, plan.placement, topology, problem.split)),
+                ("before", before, before_WLR),
+                ("after", after, after_WLR),
             ],
             solution.bound_L,
         )
@@ -461,6 +468,9 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     )
     out.print(figures)
     out.print()
+    if profile.num_windows > 1:
+        out.print(_window_table({"before": before_WLR, "after": after_WLR}, topology))
+        out.print()
     if problem.statistic != "mean":
         what = "worst window" if problem.statistic == "worst" else "mean of the worst tenth"
         out.print(f"Minimised: the {what}, {solution.objective:.4f}.")
@@ -490,12 +500,20 @@ def show_plan(problem: Problem, solution: Solution, plan: Plan, output: str) -> 
     out.print(f"Checked and written: {show.name(output)} ({plan.digest()[:23]}...)")
 
 
+def _window_table(load_WLR: Mapping[str, FloatArray], topology: Topology) -> Table:
+    from eplb.cli import show
+    from eplb.metrics import imbalance, step_costs
+
+    costs = [(name, step_costs(imbalance(load, topology))) for name, load in load_WLR.items()]
+    return show.window_table(costs)
+
+
 def show_unseen(problem: Problem, plan: Plan, unseen: LoadProfile) -> None:
     """Print what the plan makes of windows that it was not fitted to."""
     from eplb.cli import show
 
     topology = problem.topology
-    start = _engine_start(problem, unseen)
+    start = engine_start(unseen.layer_ids, problem.model.num_experts, topology)
     split = "even" if plan.split == "weighted" else plan.split
     before = evaluate(unseen, start, topology, split)
     after = evaluate(unseen, plan.placement, topology, plan.split)
@@ -520,10 +538,10 @@ def show_report(path: str) -> None:
     show.console().print(f"Report written: {show.name(path)}")
 
 
-def _engine_start(problem: Problem, profile: LoadProfile) -> Placement:
+def engine_start(layer_ids: Sequence[int], num_experts: int, topology: Topology) -> Placement:
     """Return what engines start with, on the slots that there are."""
-    usable_S = problem.topology.has_slot_RK.reshape(-1)
-    start = initial_placement(profile.layer_ids, problem.model.num_experts, int(usable_S.sum()))
-    slots_LS = np.full((profile.num_layers, len(usable_S)), EMPTY)
+    usable_S = topology.has_slot_RK.reshape(-1)
+    start = initial_placement(layer_ids, num_experts, int(usable_S.sum()))
+    slots_LS = np.full((len(layer_ids), len(usable_S)), EMPTY)
     slots_LS[:, usable_S] = start.phys_to_log_LS
     return replace(start, phys_to_log_LS=slots_LS)

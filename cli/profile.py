@@ -14,6 +14,7 @@ from eplb.cli.watch import watch_command
 from eplb.model import MODEL_PRESETS
 
 if TYPE_CHECKING:
+    from eplb.arrays import FloatArray
     from eplb.profiles import ProfileSummary
 
 __all__ = ["command"]
@@ -65,7 +66,7 @@ def show_command(
     if json_:
         click.echo(json.dumps(summary.to_dict()))
     else:
-        _show(summary)
+        _show(summary, profile.mean_load_LE())
 
 
 @command.command("convert")
@@ -139,7 +140,7 @@ def convert_command(
         show.console().print(f"{show.profile_line(profile)}; written: {show.name(output)}")
 
 
-def _show(summary: ProfileSummary) -> None:
+def _show(summary: ProfileSummary, load_LE: FloatArray) -> None:
     import numpy as np
 
     from eplb.cli import show
@@ -155,22 +156,29 @@ def _show(summary: ProfileSummary) -> None:
     phases = ", ".join(f"{count} {phase}" for phase, count in summary.phases.items())
     out.print(f"Windows: {phases}")
     out.print()
-    grid = show.table("layer (worst of)", "max/mean", "hottest 10%", "idle experts")
-    # Not kept in one line: where the terminal is narrow the other columns are whole.
-    grid.add_column("hottest experts")
+    grid = show.table("layer (worst of)", "max/mean", "hottest 10%", "idle")
+    narrow = out.width < show.NARROW
+    if not narrow:
+        grid.add_column("hottest experts")
+        grid.add_column("loads, expert by expert")
     for group in show.layer_groups(summary.num_layers, most=24):
         layers = summary.layers[group]
         skews = np.array([layer.max_over_mean for layer in layers])
         worst = layers[int(skews.argmax())]
-        grid.add_row(
+        cells: list[Any] = [
             str(worst.layer_id)
             if len(layers) == 1
             else f"{worst.layer_id} ({layers[0].layer_id}-{layers[-1].layer_id})",
             f"{worst.max_over_mean:.2f}",
             show.percent(worst.top_10_percent),
             str(worst.idle_experts),
-            "  ".join(f"{expert}:{show.percent(part)}" for expert, part in worst.hottest),
-        )
+        ]
+        if not narrow:
+            cells += [
+                "  ".join(f"{expert}:{show.percent(part)}" for expert, part in worst.hottest),
+                show.expert_strip(load_LE[group][skews.argmax()]),
+            ]
+        grid.add_row(*cells)
     out.print(grid)
     if summary.num_windows > 1:
         out.print()

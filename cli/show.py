@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,11 @@ from eplb.load_profile import LoadProfile
 from eplb.metrics import Balance
 
 __all__ = [
+    "NARROW",
+    "FittingStrip",
     "console",
+    "cost_strip",
+    "expert_strip",
     "heat_strip",
     "layer_groups",
     "layer_table",
@@ -39,9 +44,12 @@ __all__ = [
     "ratio",
     "rows",
     "table",
+    "window_table",
 ]
 
 PIPE_WIDTH = 110
+# Below this there is room for figures and one short strip.
+NARROW = 56
 STRIP_CELLS = 32
 BLOCKS = "\u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588"
 DIGITS = "12345678"
@@ -74,7 +82,13 @@ def table(*columns: str, title: str | None = None) -> Table:
         box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, show_edge=False
     )
     for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
+        # Names wrap where the terminal is narrow, and do not vanish.
+        grid.add_column(
+            column,
+            justify="left" if i == 0 else "right",
+            no_wrap=i > 0,
+            min_width=min(len(column), 5) if i == 0 else None,
+        )
     return grid
 
 
@@ -122,16 +136,35 @@ def rows(value: float) -> str:
 
 
 def heat_strip(rank_load_R: FloatArray, cells: int = STRIP_CELLS) -> Text:
-    """Draw rank loads relative to their mean: the mean is the fourth of eight steps of 1/8.
+    """Draw loads relative to their mean: the mean is the fourth of eight steps of 1/8.
 
-    More ranks than ``cells`` share cells, of which each shows its largest rank.
+    More ranks (or experts) than ``cells`` share cells, of which each shows its largest.
     """
     mean = rank_load_R.mean()
-    if len(rank_load_R) > cells:
-        edges = np.linspace(0, len(rank_load_R), cells + 1).astype(int)
-        rank_load_R = np.maximum.reduceat(rank_load_R, edges[:-1])
+    rank_load_R = _in_cells(rank_load_R, cells)
     relative = rank_load_R / mean if mean > 0 else rank_load_R
-    level = np.clip(np.round(3 + 8 * (relative - 1)), 0, len(BLOCKS) - 1)
+    return _strip(3 + 8 * (relative - 1))
+
+
+def cost_strip(cost_W: FloatArray, span: tuple[float, float], cells: int = STRIP_CELLS) -> Text:
+    """Draw values, such as what windows cost, in eight steps of a span.
+
+    More of them than ``cells`` share cells, of which each shows its largest.
+    """
+    low, high = span
+    return _strip((_in_cells(cost_W, cells) - low) / max(high - low, 1e-9) * (len(BLOCKS) - 1))
+
+
+def _in_cells(values: FloatArray, cells: int) -> FloatArray:
+    if len(values) <= cells:
+        return values
+    edges = np.linspace(0, len(values), cells + 1).astype(int)
+    largest: FloatArray = np.maximum.reduceat(values, edges[:-1])
+    return largest
+
+
+def _strip(level: FloatArray) -> Text:
+    level = np.clip(np.round(level), 0, len(BLOCKS) - 1)
     marks = BLOCKS if _can_encode(BLOCKS) else DIGITS
     strip = Text(no_wrap=True)
     for i in level.astype(int):
@@ -139,17 +172,51 @@ def heat_strip(rank_load_R: FloatArray, cells: int = STRIP_CELLS) -> Text:
     return strip
 
 
-class _FittingStrip:
-    """A heat strip of as many cells as its column has room for."""
+class FittingStrip:
+    """A strip of as many cells as its column has room for.
 
-    def __init__(self, rank_load_R: FloatArray) -> None:
-        self._rank_load_R = rank_load_R
+    Parameters
+    ----------
+    size : int
+        Values it shows.
+    draw : callable
+        Returns the strip of so many cells at most.
+    """
+
+    def __init__(self, size: int, draw: Callable[[int], Text]) -> None:
+        self._most, self._draw = min(size, STRIP_CELLS), draw
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(1, min(len(self._rank_load_R), STRIP_CELLS))
+        return Measurement(1, self._most)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield heat_strip(self._rank_load_R, min(options.max_width, STRIP_CELLS))
+        yield self._draw(min(options.max_width, STRIP_CELLS))
+
+
+def expert_strip(load_E: FloatArray) -> FittingStrip:
+    """Return the strip of expert loads from none to the hottest, for a table."""
+    return FittingStrip(len(load_E), partial(cost_strip, load_E, (0.0, float(load_E.max()))))
+
+
+def window_table(sides: Sequence[tuple[str, FloatArray]]) -> Table:
+    """Return what windows cost over time, a row and a strip for each placement, on one scale.
+
+    Parameters
+    ----------
+    sides : sequence of (name, array of float64)
+        What each window costs: its mean imbalance over layers.
+    """
+    known = [(name, cost_W[~np.isnan(cost_W)]) for name, cost_W in sides]
+    span = (
+        min(float(cost_W.min()) for _, cost_W in known),
+        max(float(cost_W.max()) for _, cost_W in known),
+    )
+    grid = table("imbalance of windows", "least", "most")
+    grid.add_column(f"from first to last ({plural(len(known[0][1]), 'window')})")
+    for name, cost_W in known:
+        strip = FittingStrip(len(cost_W), partial(cost_strip, cost_W, span))
+        grid.add_row(name, ratio(float(cost_W.min())), ratio(float(cost_W.max())), strip)
+    return grid
 
 
 def layer_groups(num_layers: int, most: int = 8) -> list[slice]:
@@ -175,8 +242,12 @@ def layer_table(
     grid = table("layers", *(label for label, _, _ in columns))
     if bound_L is not None:
         grid.add_column("bound", justify="right", no_wrap=True)
-    for label, _, load_WLR in columns:
+    drawn = columns if console().width >= NARROW else columns[-1:]
+    for label, _, load_WLR in drawn:
         num_ranks = load_WLR.shape[2]
+        if len(drawn) < len(columns):
+            grid.add_column(label)
+            continue
         which = f" {label}" if len(columns) > 1 else ""
         # Strips give way where the terminal is narrow: figures are kept whole.
         grid.add_column(f"rank loads{which} ({num_ranks} ranks)")
@@ -190,9 +261,13 @@ def layer_table(
         cells += [ratio(float(imbalance_L[group].mean())) for imbalance_L in imbalance_CL]
         if bound_L is not None:
             cells.append(ratio(float(bound_L[group].mean())))
-        cells += [_FittingStrip(_typical_load(load_WLR[:, group])) for _, _, load_WLR in columns]
+        cells += [_rank_strip(_typical_load(load_WLR[:, group])) for _, _, load_WLR in drawn]
         grid.add_row(*cells)
     return grid
+
+
+def _rank_strip(load_R: FloatArray) -> FittingStrip:
+    return FittingStrip(len(load_R), partial(heat_strip, load_R))
 
 
 def _typical_load(load_WLR: FloatArray) -> FloatArray:

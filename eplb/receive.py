@@ -68,7 +68,13 @@ def receive_tokens(
     sources = topology.ranks_in_service.tolist() if split == "nearest" else [0]
     received_LR = np.zeros((placement.num_layers, topology.num_ranks))
     for layer in range(placement.num_layers):
-        on_rank_ER = _replicas_on_rank(placement.phys_to_log_LS[layer], placement, topology)
+        weights_LS = placement.split_weights_LS if split == "weighted" else None
+        on_rank_ER = _replicas_on_rank(
+            placement.phys_to_log_LS[layer],
+            placement,
+            topology,
+            None if weights_LS is None else weights_LS[layer],
+        )
         for source in sources:
             share_ER = _share_from(source, on_rank_ER, topology, split)
             for start in range(0, len(topk_TLK), _TOKENS_AT_ONCE):
@@ -81,12 +87,20 @@ def receive_tokens(
 
 
 def _replicas_on_rank(
-    phys_to_log_S: IntArray, placement: Placement, topology: Topology
+    phys_to_log_S: IntArray,
+    placement: Placement,
+    topology: Topology,
+    weight_S: FloatArray | None,
 ) -> FloatArray:
+    """Return the replicas of each expert on each rank, or their fractions together, [E, R]."""
     filled = phys_to_log_S >= 0
     rank_S = np.arange(len(phys_to_log_S)) // topology.slots_per_rank
     cell = phys_to_log_S[filled] * topology.num_ranks + rank_S[filled]
-    count = np.bincount(cell, minlength=placement.num_experts * topology.num_ranks)
+    count = np.bincount(
+        cell,
+        weights=None if weight_S is None else weight_S[filled],
+        minlength=placement.num_experts * topology.num_ranks,
+    )
     return count.reshape(placement.num_experts, topology.num_ranks).astype(np.float64)
 
 

@@ -1,14 +1,12 @@
 """Where rows go between nodes, as far as expert counts tell.
 
-Counts do not say on which rank a token was when its experts were chosen, so each rank is taken to
-be the source of an equal part of every expert's rows. Tokens, of which several rows may cross to a
-node together, need routings: :func:`receive_node_tokens`.
+Counts do not say on which rank a token was when its experts were chosen, so each rank in service is
+taken to be the source of an equal part of every expert's rows. Tokens, of which several rows may
+cross to a node together, need routings: :func:`receive_node_tokens`.
 Shape letters: T tokens, L layers, K top-k, E logical experts, S slots, N nodes.
 """
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +48,8 @@ def node_traffic(
             "split batch fixes what ranks receive and not from whom; use even, nearest or weighted"
         )
     num_nodes = topology.num_nodes
+    serving = topology.ranks_in_service
+    source_N = np.bincount(serving // topology.ranks_per_node, minlength=num_nodes) / len(serving)
     traffic_NN = np.zeros((num_nodes, num_nodes))
     node_S = np.arange(topology.num_slots) // (topology.slots_per_rank * topology.ranks_per_node)
     loaded = np.flatnonzero(load_LE.any(axis=1))
@@ -70,7 +70,7 @@ def node_traffic(
         stays_EN = (on_node_EN > 0) & (split == "nearest")
         traffic_NN += (part_E[:, np.newaxis] * ~stays_EN).T @ share_EN
         traffic_NN += np.diag(part_E @ stays_EN)
-    traffic: FloatArray = traffic_NN / (num_nodes * max(len(loaded), 1))
+    traffic: FloatArray = source_N[:, np.newaxis] * traffic_NN / max(len(loaded), 1)
     return traffic
 
 
@@ -81,14 +81,15 @@ def receive_node_tokens(
 
     A node is to the network between nodes what a rank is to :func:`eplb.receive.receive_tokens`,
     and under each split rule a row goes to some rank of a node as often as it goes to the node.
+    Under ``nearest`` each node is taken to be the source of an equal part of the tokens, also where
+    some of its ranks are out of service.
 
     Raises
     ------
     InvalidInput
         As there.
     """
-    nodes = replace(
-        topology,
+    nodes = Topology(
         num_nodes=1,
         ranks_per_node=topology.num_nodes,
         slots_per_rank=topology.ranks_per_node * topology.slots_per_rank,

@@ -1,7 +1,7 @@
 """The windows that the ``search`` solver fits: recorded ones, and ones that may come.
 
 A placement that is fitted to what was recorded loses on what was not. What proved itself on
-held-back windows (see docs/search.md) is to add loads that the recording makes likely:
+held-back windows (see docs/searching.md) is to add loads that the recording makes likely:
 
 - few windows (recorded totals of phases or customers): each scenario pushed away from each other,
   ``x + 0.3 (x - y)``. The largest rank load is convex in the loads, so mixes of scenarios are

@@ -29,7 +29,7 @@ __all__ = ["command", "write_page"]
     "--previous",
     type=click.Path(),
     metavar="PLAN",
-    help="Compare with this plan, and show the moves from it, in place of no replicas.",
+    help="Compare with this plan, and show the moves from it, in place of the initial placement.",
 )
 @click.option(
     "--replan",

@@ -56,9 +56,15 @@ def _rank_map(comparison: Comparison, side: Side, load_LR: FloatArray, half: flo
         title="By layer",
         head=("layer", "most loaded rank", "its load / mean", "least loaded rank", "its load"),
         rows=tuple(
-            (str(i), str(row.argmax()), ratio(row.max()), str(row.argmin()), ratio(row.min()))
+            (
+                str(i),
+                str(np.nanargmax(row)),
+                ratio(np.nanmax(row)),
+                str(np.nanargmin(row)),
+                ratio(np.nanmin(row)),
+            )
             for i, row in zip(layer_ids, load_LR, strict=True)
-            if not np.isnan(row).any()
+            if not np.isnan(row).all()
         ),
     )
     return Picture(
@@ -102,43 +108,39 @@ def layers_section(comparison: Comparison) -> Section:
         mean_where(side.imbalance_WL[comparison.shown_W], axis=0)
         for side in (comparison.before, comparison.after)
     )
-    bound_L = comparison.bound_L
+    drawn = [
+        Line(name=comparison.before.name, values=before_L, colour="before", dash="dashed"),
+        Line(name=comparison.after.name, values=after_L, colour="after"),
+    ]
+    below = ""
+    if not np.isnan(comparison.bound_L).all():
+        drawn.append(Line(name="bound", values=comparison.bound_L, colour="bound", dash="dotted"))
+        below = (
+            " Below the dotted line no placement on these slots can go; over many windows the "
+            "bound does not know that one placement serves them all, so the plan may be nearer to "
+            "the best than it looks."
+        )
+    loaded = np.flatnonzero(~np.isnan(after_L))
     worst = int(np.nanargmax(after_L))
-    table = Table(
-        title="By layer",
-        head=("layer", comparison.before.name, comparison.after.name, "bound"),
-        rows=tuple(
-            (str(i), ratio(b), ratio(a), ratio(least))
-            for i, b, a, least in zip(ids, before_L, after_L, bound_L, strict=True)
-        ),
-    )
     picture = Picture(
         key="layers",
         title=f"Layer {ids[worst]} is the worst balanced, at {after_L[worst]:.3f}",
-        caption=(
-            f"Mean over {comparison.shown}. Below the dotted line no placement on these slots can "
-            "go; over many windows the bound does not know that one placement serves them all, so "
-            "the plan may be nearer to the best than it looks."
-        ),
-        label=(
-            f"Imbalance by layer: {comparison.before.name} {np.nanmin(before_L):.3f} to "
-            f"{np.nanmax(before_L):.3f}, this plan {np.nanmin(after_L):.3f} to "
-            f"{np.nanmax(after_L):.3f}, bound {np.nanmin(bound_L):.3f} to "
-            f"{np.nanmax(bound_L):.3f}."
+        caption=f"Mean over {comparison.shown}.{below}",
+        label="Imbalance by layer: "
+        + ", ".join(
+            f"{line.name} {np.nanmin(line.values):.3f} to {np.nanmax(line.values):.3f}"
+            for line in drawn
         ),
         option=lines(
-            np.array(ids),
-            [
-                Line(name=comparison.before.name, values=before_L, colour="before", dash="dashed"),
-                Line(name=comparison.after.name, values=after_L, colour="after"),
-                Line(name="bound", values=bound_L, colour="bound", dash="dotted"),
-            ],
-            x_name="layer",
-            y_name="imbalance",
-            step=True,
-            floor=1.0,
+            np.array(ids), drawn, x_name="layer", y_name="imbalance", step=True, floor=1.0
         ),
-        table=table,
+        table=Table(
+            title="By layer",
+            head=("layer", *(line.name for line in drawn)),
+            rows=tuple(
+                (str(ids[row]), *(ratio(line.values[row]) for line in drawn)) for row in loaded
+            ),
+        ),
     )
     return Section(
         key="layers",

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
+from eplb.cli.plan import engine_start
 from eplb.load_profile import LoadProfile, replace_windows
 from eplb.metrics import Balance, balance_of, imbalance, rank_load, relative_load
 from eplb.placement.bound import layer_bounds
 from eplb.placement.windows import scaled_windows, window_weights
 from eplb.plan import Plan
-from eplb.slots import initial_placement
 
 __all__ = [
     "Comparison",
@@ -59,8 +59,16 @@ class Side:
         return balance_of(load_WLR, topology, profile.layer_ids, names)
 
     def relative_LR(self, chosen_W: NDArray[np.bool_]) -> FloatArray:
-        """Return rank loads over the mean of their layer and window, mean over windows."""
-        return mean_where(relative_load(self.load_WLR[chosen_W], self.plan.topology), axis=0)
+        """Return rank loads over the mean of their layer and window, mean over windows.
+
+        The load of a rank counts as load / speed; NaN for ranks out of service.
+        """
+        topology = self.plan.topology
+        relative_LR = np.full(self.load_WLR.shape[1:], np.nan)
+        relative_LR[:, topology.ranks_in_service] = mean_where(
+            relative_load(self.load_WLR[chosen_W], topology), axis=0
+        )
+        return relative_LR
 
     def step_W(self) -> FloatArray:
         """Return what each window costs: its mean imbalance over layers."""
@@ -131,6 +139,8 @@ class Comparison:
             reached_L=mean_where(
                 self.after.imbalance_WL[self.shown_W][:, self._rows_of(profile)], axis=0
             ),
+            # As for the plan itself: thorough bounds take a compiler, which greedy does without.
+            thorough=self.plan.provenance.get("solver") not in (None, "greedy"),
         )
         bound_L[self._rows_of(profile)] = found_L
         return bound_L
@@ -145,7 +155,7 @@ def compare(
     fitted_W: NDArray[np.bool_],
     previous: Plan | None = None,
 ) -> Comparison:
-    """Score a plan beside the previous one, or beside a placement without replicas.
+    """Score a plan beside the previous one, or beside what engines start with.
 
     Raises
     ------
@@ -153,13 +163,11 @@ def compare(
         Profile and plans do not fit each other.
     """
     if previous is None:
-        start = initial_placement(
-            plan.placement.layer_ids, plan.model.num_experts, plan.topology.num_slots
-        )
+        start = engine_start(plan.placement.layer_ids, plan.model.num_experts, plan.topology)
         # What engines start with has no fractions of its own.
         split = "even" if plan.split == "weighted" else plan.split
         before = replace(plan, placement=start, split=split, quality=None)
-        name = "no replicas"
+        name = "initial placement"
     else:
         before, name = previous, "previous plan"
 

@@ -58,7 +58,8 @@ def plan_page(
     parts : sequence of LoadProfile
         Recordings, each a scenario.
     previous : Plan, optional
-        What was in force before; without it the plan is compared with no replicas.
+        What was in force before; without it the plan is compared with what engines
+        start with.
     curve : sequence of (moves, imbalance)
         Of ``eplb replan``, from the previous plan.
     replays : sequence of ReplayLog

@@ -25,11 +25,11 @@ def title(plan: Plan) -> str:
 def subtitle(plan: Plan) -> str:
     """Return one line on machine, slots and rule."""
     topology = plan.topology
-    extra = topology.num_slots - plan.model.num_experts
+    extra = topology.num_usable_slots - plan.model.num_experts
     return (
         f"{plural(topology.num_nodes, 'node')} of {plural(topology.ranks_per_node, 'rank')}, "
         f"{plural(topology.slots_per_rank, 'slot')} a rank and layer: {extra} of "
-        f"{topology.num_slots} redundant; split {plan.split}"
+        f"{topology.num_usable_slots} redundant; split {plan.split}"
     )
 
 
@@ -77,7 +77,7 @@ def plan_section(plan: Plan, path: str) -> Section:
     model, topology, origin = plan.model, plan.topology, plan.provenance
     layer_ids = plan.placement.layer_ids
     counts_LE = replica_count(plan.placement.phys_to_log_LS, model.num_experts)
-    extra = topology.num_slots - model.num_experts
+    extra = topology.num_usable_slots - model.num_experts
     entries: list[tuple[str, Any]] = [
         ("Plan", path),
         ("Model", model.name),
@@ -229,6 +229,6 @@ def _redundancy(plan: Plan) -> str | None:
     size, topology = plan.model.expert_bytes, plan.topology
     if size is None:
         return None
-    extra = topology.num_slots - plan.model.num_experts
+    extra = topology.num_usable_slots - plan.model.num_experts
     total = extra * size * plan.placement.num_layers / topology.num_ranks
     return f"{total / 1e9:.2f} GB a rank"

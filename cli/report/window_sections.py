@@ -14,7 +14,7 @@ from eplb.cli.report.maps import map_height, range_label, sharing
 from eplb.cli.report.options import Line, heat_map, lines
 from eplb.cli.report.values import Legend, Picture, Section, Table
 from eplb.cli.show import percent, ratio
-from eplb.load_profile import LoadProfile, replace_windows
+from eplb.load_profile import LoadProfile
 
 __all__ = ["drift_section", "shaded", "windows_section"]
 
@@ -198,10 +198,12 @@ def shaded(chosen_W: NDArray[np.bool_]) -> list[tuple[float, float]]:
 
 
 def _mean_load(profile: LoadProfile, chosen_W: NDArray[np.bool_]) -> FloatArray:
-    part = replace_windows(profile, chosen_W)
-    load_LE = np.ones((profile.num_layers, profile.num_experts))
-    for layer_id, load_E in zip(part.layer_ids, part.mean_load_LE(), strict=True):
-        load_LE[profile.layer_ids.index(layer_id)] = load_E
+    """Return the mean of some windows' loads, each counting alike; even where there is none."""
+    counts_WLE = profile.counts_WLE[chosen_W]
+    total_WL = counts_WLE.sum(axis=2)
+    weight_WL = np.divide(1.0, total_WL, out=np.zeros_like(total_WL), where=total_WL > 0)
+    load_LE: FloatArray = np.einsum("wle,wl->le", counts_WLE, weight_WL)
+    load_LE[~load_LE.any(axis=1)] = 1.0
     return load_LE
 
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +247,28 @@ def test_a_narrow_terminal_gets_whole_figures(tmp_path, width):
     assert "\u2026" not in text
     assert "1.422   1.140   1.000   \u2581" in text
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_forty_columns_hold_the_figures(tmp_path):
+    sample = files("eplb.profiles") / "data" / "sample.npz"
+    topology = ["--nodes", "4", "--ranks-per-node", "8", "--slots-per-rank", "9", "-o", "plan.yaml"]
+    for words in (
+        ["plan", str(sample), *topology],
+        ["evaluate", "plan.yaml", str(sample)],
+        ["profile", "show", str(sample)],
+    ):
+        code = (
+            "import sys; sys.stdout.isatty = lambda: True; "
+            "from eplb.cli.main import main; main(sys.argv[1:])"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=tmp_path, capture_output=True, check=True,
+            env={**os.environ, "COLUMNS": "40", "PYTHONIOENCODING": "utf-8", "NO_COLOR": "1"},
+        )  # fmt: skip
+        text = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout.decode())
+        assert "\u2026" not in text
+        assert max(map(len, text.splitlines())) <= 40
+        assert re.search(r"^7 .* \d\.\d+ ", text, re.MULTILINE)
 
 
 def test_a_pipe_gets_plain_text(tmp_path):

@@ -10,6 +10,8 @@ from strategies import cases
 
 from eplb.errors import InvalidInput
 from eplb.receive import receive_tokens
+from eplb.slots import Placement
+from eplb.topology import Topology
 
 
 def choices(expert, row, topology, split, source):
@@ -66,3 +68,17 @@ def test_routings_that_do_not_fit_are_refused(case):
     ):
         with pytest.raises(InvalidInput, match=message):
             receive_tokens(bad, placement, topology, split)
+
+
+def test_fractions_of_a_plan_are_heeded():
+    topology = Topology(num_nodes=1, ranks_per_node=2, slots_per_rank=2)
+    placement = Placement(
+        phys_to_log_LS=[[0, 1, 0, 2]],
+        layer_ids=(0,),
+        num_experts=3,
+        split_weights_LS=[[0.75, 1.0, 0.25, 1.0]],
+    )
+    topk_TLK = np.array([[[0]]] * 8)
+    assert receive_tokens(topk_TLK, placement, topology, "weighted")[0] == pytest.approx([6, 2])
+    both_TLK = np.array([[[0, 1]]] * 8)
+    assert receive_tokens(both_TLK, placement, topology, "weighted")[0] == pytest.approx([8, 2])

@@ -79,6 +79,16 @@ def test_tokens_of_nodes_are_those_of_a_cluster_of_one_rank_nodes():
     assert receive_node_tokens(topk, placement, one, "even")[0, 0] == pytest.approx(40)
 
 
+def test_ranks_out_of_service_send_nothing():
+    topology = Topology(
+        num_nodes=2, ranks_per_node=2, slots_per_rank=2, ranks_out_of_service=(2, 3)
+    )
+    slots = np.array([[0, 1, 2, 3, -1, -1, -1, -1]])
+    placement = Placement(phys_to_log_LS=slots, layer_ids=(0,), num_experts=4)
+    found = node_traffic(np.ones((1, 4)), placement, topology, "even")
+    assert found == pytest.approx(np.array([[1, 0], [0, 0]]))
+
+
 def test_batch_says_nothing_of_sources():
     topology = Topology(num_nodes=2, ranks_per_node=1, slots_per_rank=2)
     placement = Placement(phys_to_log_LS=[[0, 1, 2, 3]], layer_ids=(0,), num_experts=4)

@@ -1,5 +1,6 @@
 """The page of a plan: whole, self-contained, escaped, and with the figures of the evaluator."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -140,6 +141,24 @@ def test_curve_and_replays_are_drawn(report, run, loads, small):
     drawn = [value for _, value in pictures["replay"]["series"][0]["data"]]
     assert drawn == pytest.approx(kept["imbalance"], abs=1e-4)
     assert pictures["moves"]["series"][-1]["name"] == "replan"
+
+
+def test_ranks_out_of_service_stay_empty(report, loads, planned):
+    plan = eplb.read_plan("plan.yaml")
+    topology = dataclasses.replace(plan.topology, slots_per_rank=6, ranks_out_of_service=(3,))
+    slots_S = np.concatenate([np.arange(18) % 16, np.full(6, -1)])
+    placement = dataclasses.replace(plan.placement, phys_to_log_LS=np.stack([slots_S] * 2))
+    changed = dataclasses.replace(plan, topology=topology, placement=placement)
+    eplb.write_plan(changed, "plan.yaml")
+    text, pictures = report(loads / "day.npz")
+    for which in ("ranks-before", "ranks-after"):
+        rows = pictures[which]["series"][0]["rows"]
+        assert all(row[3] is None and None not in row[:3] for row in rows)
+    assert [line["name"] for line in pictures["layers"]["series"]] == [
+        "initial placement",
+        "this plan",
+    ]
+    assert "NaN" not in text.split('id="data-pictures"')[0]
 
 
 def test_routings_add_tokens(report, loads):
