@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/eplb demo
 
 test: $(VENV)/.tested
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist worksteal
 
 # The engines' own code, as released, on our files: in an environment of its own, some 500 MB.
 test-engines: build/engines/.installed

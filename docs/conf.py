@@ -15,7 +15,6 @@ extensions = [
     "sphinx_click",
 ]
 source_suffix = {".md": "markdown"}
-# Sphinx makes a page of this name itself and would overwrite ours.
 exclude_patterns = ["pictures"]
 
 # Anchors of headings as GitHub makes them, so that links work in both places.
