@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 __all__ = ["repair_layer"]
 
 # A candidate that gains less than this part of the cost is rounding.
-_LEAST_GAIN = 1e-9
+LEAST_GAIN = 1e-9
 # What a candidate that fetches nothing is worth beside one that does.
-_FREE = 1e6
+FREE = 1e6
 # Parts of two replicas' fractions that are shifted between them, largest first.
 _SHIFTS = (0.2, 0.05, 0.01)
 
@@ -124,7 +124,7 @@ def _find_swaps(found, start, layer, state, move, pull_RE, hot_R, first_ER, room
     slot_RK, share_RK, cost_R = layer.slot_RK, layer.share_RK, state.cost_R
     num_ranks, slots_per_rank = slot_RK.shape
     count = start
-    least = _LEAST_GAIN * cost_R.sum()
+    least = LEAST_GAIN * cost_R.sum()
     for a in range(num_ranks):
         if not hot_R[a]:
             continue
@@ -159,7 +159,7 @@ def _find_swaps(found, start, layer, state, move, pull_RE, hot_R, first_ER, room
                         _propose_swap(move, layer, state, a, i, b, j)
                         gain = _most_gain(move, layer, state, pull_RE, doublings)
                     if gain > least:
-                        found.bound_C[count] = gain / price if price > 0 else gain * _FREE
+                        found.bound_C[count] = gain / price if price > 0 else gain * FREE
                         found.move_C4[count, 0], found.move_C4[count, 1] = a, i
                         found.move_C4[count, 2], found.move_C4[count, 3] = b, j
                         count += 1
@@ -210,7 +210,7 @@ def _find_replicas(found, start, gains, layer, state, move, pull_RE, hot_R, firs
     num_ranks, slots_per_rank = slot_RK.shape
     per_node = num_ranks // gains.join_EN.shape[1]
     count = start
-    least = _LEAST_GAIN * cost_R.sum()
+    least = LEAST_GAIN * cost_R.sum()
     _set_replica_gains(gains, layer, state, move, pull_RE, doublings)
     for f in range(len(state.count_E)):
         if state.count_E[f] == 0:
@@ -244,7 +244,7 @@ def _find_replicas(found, start, gains, layer, state, move, pull_RE, hot_R, firs
                     _propose_replica(move, layer, state, a, i, f)
                     gain = _most_gain(move, layer, state, pull_RE, doublings)
                 if gain > least:
-                    found.bound_C[count] = gain / price if price > 0 else gain * _FREE
+                    found.bound_C[count] = gain / price if price > 0 else gain * FREE
                     found.move_C4[count, 0], found.move_C4[count, 1] = a, i
                     found.move_C4[count, 2], found.move_C4[count, 3] = -1, f
                     count += 1
@@ -275,7 +275,7 @@ def _propose(candidate, move, layer, state):  # type: ignore[no-untyped-def]
 def _best(found, count, move, layer, state, first_ER, doublings):  # type: ignore[no-untyped-def]
     """Return the candidate of the highest worth, or -1: exactly, by its bounds."""
     best, best_worth = -1, 0.0
-    least = _LEAST_GAIN * state.cost_R.sum()
+    least = LEAST_GAIN * state.cost_R.sum()
     # The one with the highest bound first: its worth rules most of the others out.
     top = 0
     for c in range(count):
@@ -293,7 +293,7 @@ def _best(found, count, move, layer, state, first_ER, doublings):  # type: ignor
         if -change <= least:
             continue
         price = _price_of(candidate, layer, first_ER)
-        worth = -change / price if price > 0 else -change * _FREE
+        worth = -change / price if price > 0 else -change * FREE
         if worth > best_worth:
             best, best_worth = c, worth
     return best
@@ -386,9 +386,7 @@ def repair_layer(  # noqa: PLR0912, PLR0915  (calls cost numba seconds each)
     )
     _derive(layer, state)
     first_ER = np.zeros((num_experts, num_ranks), np.int64)
-    num_spare = 0
     for e in range(num_experts):
-        num_spare += state.count_E[e] if state.count_E[e] > 1 else 0
         for r in range(num_ranks):
             first_ER[e, r] = state.place_ER[e, r] >= 0
     num_slots = num_ranks * slots_per_rank
