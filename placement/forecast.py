@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from eplb.arrays import FloatArray, IntArray
-from eplb.load_profile import LoadProfile
+from eplb.load_profile import LoadProfile, replace_windows
 from eplb.placement.windows import (
     FACTOR_LAYERS,
     MIN_STEPS,
@@ -25,7 +25,7 @@ from eplb.placement.windows import (
 from eplb.placement.windows import _factor_loads as factor_loads
 from eplb.placement.windows import _factorize as factorize
 
-__all__ = ["forecast_windows", "traffic_parts"]
+__all__ = ["forecast_windows", "recent_windows", "traffic_parts"]
 
 # The last windows that are fitted themselves, and how many windows old one is that counts 1/e.
 RECENT_WINDOWS, MEMORY_WINDOWS = 50, 33
@@ -82,6 +82,11 @@ def forecast_windows(
             [weight_WL * (1 - MIXES_WEIGHT), window_weights(mix_MLE) * MIXES_WEIGHT]
         ),
     )
+
+
+def recent_windows(profile: LoadProfile) -> LoadProfile:
+    """Return the last windows of each scenario, those that are fitted as they were recorded."""
+    return replace_windows(profile, _ages(profile) < RECENT_WINDOWS)
 
 
 def traffic_parts(load_WLE: FloatArray, num_factors: int) -> tuple[FloatArray, FloatArray]:
