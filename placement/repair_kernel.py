@@ -9,7 +9,11 @@ expert, is made that gains most for each expert that has to be moved. What is lo
 which has no plateaus, as the largest load has. An expert is moved when a rank holds it that did not
 hold it at first: taking it back is free, and gives the move back.
 
-Shape letters: W windows, E logical experts, R ranks, K slots of a rank, M moves.
+by Jensen's inequality, and the sum on the right is a number for each rank and expert (``pull_RE``).
+So every candidate has a bound on what it gains in a handful of operations. Of the most promising
+ones those are priced whose bound is above the best gain found.
+
+Shape letters: W windows, E logical experts, R ranks, K slots of a rank, M moves, C candidates.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ __all__ = ["repair_layer"]
 LEAST_GAIN = 1e-9
 # What a candidate that fetches nothing is worth beside one that does.
 FREE = 1e6
+# Candidates that are priced window by window before each move.
+_PRICED = 256
 # Parts of two replicas' fractions that are shifted between them, largest first.
 _SHIFTS = (0.2, 0.05, 0.01)
 
@@ -118,16 +124,28 @@ def _propose_replica(move, layer, state, r, k, f):  # type: ignore[no-untyped-de
     _leave(move, 1, layer, state, e, r)
 
 
-@_inner()
+@_inner(fastmath=True)
 def _find_swaps(found, start, layer, state, move, pull_RE, hot_R, first_ER, room, doublings):  # type: ignore[no-untyped-def]  # noqa: PLR0913, E501
-    """List the swaps of a slot of a hot rank that may gain; return how many candidates there are."""
+    """List the swaps of a slot of a hot rank that may gain; return how many candidates there are.
+
+    Almost all swaps lose, so gains come before everything else, from arrays in the order of slots.
+    """
     slot_RK, share_RK, cost_R = layer.slot_RK, layer.share_RK, state.cost_R
     num_ranks, slots_per_rank = slot_RK.shape
+    own_RK = np.zeros((num_ranks, slots_per_rank))  # a slot's part of its rank's cost
+    there_RK = np.zeros((num_ranks, slots_per_rank))  # and what it would be of rank a's
+    for b in range(num_ranks):
+        for j in range(slots_per_rank):
+            if slot_RK[b, j] >= 0:
+                own_RK[b, j] = share_RK[b, j] * pull_RE[b, slot_RK[b, j]]
     count = start
     least = LEAST_GAIN * cost_R.sum()
     for a in range(num_ranks):
         if not hot_R[a]:
             continue
+        for b in range(num_ranks):
+            for j in range(slots_per_rank):
+                there_RK[b, j] = share_RK[b, j] * pull_RE[a, max(slot_RK[b, j], 0)]
         for i in range(slots_per_rank):
             e = slot_RK[a, i]
             if e < 0:
@@ -135,34 +153,38 @@ def _find_swaps(found, start, layer, state, move, pull_RE, hot_R, first_ER, room
             for b in range(num_ranks):
                 if b == a or (hot_R[b] and b < a) or state.place_ER[e, b] >= 0:
                     continue
+                pull_e = share_RK[a, i] * pull_RE[b, e]
                 for j in range(slots_per_rank):
                     f = slot_RK[b, j]
-                    if f < 0 or not _can_swap(
-                        state.place_ER, layer.node_E, layer.ranks_per_node, a, b, e, f
-                    ):
+                    if f < 0 or (there_RK[b, j] >= own_RK[a, i] and not hot_R[b]):
                         continue
-                    price = (1 - first_ER[e, b]) + (1 - first_ER[f, a])
-                    price -= (1 - first_ER[e, a]) + (1 - first_ER[f, b])
-                    if price > room:
-                        continue
-                    if layer.rule != NEAREST or (state.count_E[e] == 1 and state.count_E[f] == 1):
-                        x, y = share_RK[a, i], share_RK[b, j]
-                        pull_a = y * pull_RE[a, f] - x * pull_RE[a, e]
-                        pull_b = x * pull_RE[b, e] - y * pull_RE[b, f]
+                    travels = layer.rule != NEAREST
+                    travels |= state.count_E[e] == 1 and state.count_E[f] == 1
+                    if travels:
                         gain = (
                             cost_R[a]
                             + cost_R[b]
-                            - _least_cost(cost_R[a], pull_a, doublings)
-                            - _least_cost(cost_R[b], pull_b, doublings)
+                            - _least_cost(cost_R[a], there_RK[b, j] - own_RK[a, i], doublings)
+                            - _least_cost(cost_R[b], pull_e - own_RK[b, j], doublings)
                         )
-                    else:
+                        if gain <= least:
+                            continue
+                    if not _can_swap(
+                        state.place_ER, layer.node_E, layer.ranks_per_node, a, b, e, f
+                    ):
+                        continue
+                    price = first_ER[e, a] - first_ER[e, b] + first_ER[f, b] - first_ER[f, a]
+                    if price > room:
+                        continue
+                    if not travels:
                         _propose_swap(move, layer, state, a, i, b, j)
                         gain = _most_gain(move, layer, state, pull_RE, doublings)
-                    if gain > least:
-                        found.bound_C[count] = gain / price if price > 0 else gain * FREE
-                        found.move_C4[count, 0], found.move_C4[count, 1] = a, i
-                        found.move_C4[count, 2], found.move_C4[count, 3] = b, j
-                        count += 1
+                        if gain <= least:
+                            continue
+                    found.bound_C[count] = gain / price if price > 0 else gain * FREE
+                    found.move_C4[count, 0], found.move_C4[count, 1] = a, i
+                    found.move_C4[count, 2], found.move_C4[count, 3] = b, j
+                    count += 1
     return count
 
 
@@ -212,42 +234,48 @@ def _find_replicas(found, start, gains, layer, state, move, pull_RE, hot_R, firs
     count = start
     least = LEAST_GAIN * cost_R.sum()
     _set_replica_gains(gains, layer, state, move, pull_RE, doublings)
+    num_spare = 0
+    spare_X2 = np.zeros((num_ranks * slots_per_rank, 2), np.int64)
+    for a in range(num_ranks):
+        for i in range(slots_per_rank):
+            e = slot_RK[a, i]
+            if e >= 0 and state.count_E[e] > 1:
+                spare_X2[num_spare, 0], spare_X2[num_spare, 1] = a, i
+                num_spare += 1
     for f in range(len(state.count_E)):
         if state.count_E[f] == 0:
             continue
         relieves = False
         for i in range(state.count_E[f]):
             relieves |= hot_R[state.holder_ER[f, i]]
-        for a in range(num_ranks):
+        for x in range(num_spare):
+            a, i = spare_X2[x, 0], spare_X2[x, 1]
             if not (relieves or hot_R[a]) or state.place_ER[f, a] >= 0:
                 continue
             if layer.node_E[f] >= 0 and layer.node_E[f] != a // layer.ranks_per_node:
                 continue
-            join, share = gains.join_EN[f, a // per_node], gains.share_EN[f, a // per_node]
-            for i in range(slots_per_rank):
-                e = slot_RK[a, i]
-                if e < 0 or state.count_E[e] < 2:
+            e = slot_RK[a, i]
+            price = first_ER[e, a] - first_ER[f, a]
+            if price > room:
+                continue
+            pull = gains.share_EN[f, a // per_node] * pull_RE[a, f]
+            pull -= layer.share_RK[a, i] * pull_RE[a, e]
+            gain = cost_R[a] - _least_cost(cost_R[a], pull, doublings)
+            gain += gains.drop_RK[a, i] + gains.join_EN[f, a // per_node]
+            if gain <= least:
+                # Ranks that have both experts may gain more than the sum says.
+                together = False
+                for y in range(state.count_E[e]):
+                    together |= state.place_ER[f, state.holder_ER[e, y]] >= 0
+                if not together:
                     continue
-                price = first_ER[e, a] - first_ER[f, a]
-                if price > room:
-                    continue
-                pull = share * pull_RE[a, f] - layer.share_RK[a, i] * pull_RE[a, e]
-                gain = cost_R[a] - _least_cost(cost_R[a], pull, doublings)
-                gain += gains.drop_RK[a, i] + join
-                if gain <= least:
-                    # Ranks that have both experts may gain more than the sum says.
-                    together = False
-                    for x in range(state.count_E[e]):
-                        together |= state.place_ER[f, state.holder_ER[e, x]] >= 0
-                    if not together:
-                        continue
-                    _propose_replica(move, layer, state, a, i, f)
-                    gain = _most_gain(move, layer, state, pull_RE, doublings)
-                if gain > least:
-                    found.bound_C[count] = gain / price if price > 0 else gain * FREE
-                    found.move_C4[count, 0], found.move_C4[count, 1] = a, i
-                    found.move_C4[count, 2], found.move_C4[count, 3] = -1, f
-                    count += 1
+                _propose_replica(move, layer, state, a, i, f)
+                gain = _most_gain(move, layer, state, pull_RE, doublings)
+            if gain > least:
+                found.bound_C[count] = gain / price if price > 0 else gain * FREE
+                found.move_C4[count, 0], found.move_C4[count, 1] = a, i
+                found.move_C4[count, 2], found.move_C4[count, 3] = -1, f
+                count += 1
     return count
 
 
@@ -273,9 +301,12 @@ def _propose(candidate, move, layer, state):  # type: ignore[no-untyped-def]
 
 @_inner()
 def _best(found, count, move, layer, state, first_ER, doublings):  # type: ignore[no-untyped-def]
-    """Return the candidate of the highest worth, or -1: exactly, by its bounds."""
+    """Return the candidate of the highest worth, or -1; of those with the highest bounds."""
     best, best_worth = -1, 0.0
     least = LEAST_GAIN * state.cost_R.sum()
+    cut = 0.0
+    if count > _PRICED:
+        cut = np.partition(found.bound_C[:count], count - _PRICED)[count - _PRICED]
     # The one with the highest bound first: its worth rules most of the others out.
     top = 0
     for c in range(count):
@@ -283,7 +314,7 @@ def _best(found, count, move, layer, state, first_ER, doublings):  # type: ignor
             top = c
     for number in range(count + 1):
         c = top if number == 0 else number - 1
-        if found.bound_C[c] <= best_worth or count == 0:
+        if count == 0 or found.bound_C[c] <= best_worth or found.bound_C[c] < cut:
             continue
         candidate = (
             found.move_C4[c, 0], found.move_C4[c, 1], found.move_C4[c, 2], found.move_C4[c, 3]
