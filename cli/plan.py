@@ -39,7 +39,16 @@ from eplb.topology_file import is_topology_file, read_topology
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-__all__ = ["command", "make_plan", "model_of", "show_plan", "plan_quality", "provenance_of", "show_unseen", "topology_of"]
+__all__ = [
+    "command",
+    "make_plan",
+    "model_of",
+    "plan_quality",
+    "provenance_of",
+    "show_plan",
+    "show_unseen",
+    "topology_of",
+]
 
 
 @click.command("plan")

@@ -207,18 +207,14 @@ def _merged(old: Placement, part: Placement) -> Placement:
     return replace(old, phys_to_log_LS=slots_LS, split_weights_LS=weights_LS)
 
 
-def _write(
-    problem: Problem, plan: Plan, moves: int, previous: str, seed: int, output: str
-) -> None:
+def _write(problem: Problem, plan: Plan, moves: int, previous: str, seed: int, output: str) -> None:
     """Write the plan with its quality on the profile, checked as all plans are."""
     from eplb.check import check_plan
     from eplb.cli.plan import plan_quality, provenance_of
     from eplb.placement.solve import Effort, solve
     from eplb.plan_file import write_plan
 
-    solution = solve(
-        problem, "search", Effort(seed=seed, start=plan.placement, max_moves=0)
-    )
+    solution = solve(problem, "search", Effort(seed=seed, start=plan.placement, max_moves=0))
     provenance = {
         **provenance_of(problem, solution),
         "solver": "replan",

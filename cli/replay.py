@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,7 +193,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidInput(
-            f"--plans {folder}: no folder can be made there ({error.strerror}); choose another place"
+            f"--plans {folder}: no folder can be made there ({error.strerror}); name another"
         ) from None
 
 
@@ -257,7 +258,7 @@ def _transfers(problem: Problem, result: Replay, size: int | None) -> float:
     placements = [result.start, *(decision.placement for decision in result.decisions)]
     return sum(
         transfer_seconds(old, new, problem.topology, size)
-        for old, new in zip(placements[:-1], placements[1:], strict=True)
+        for old, new in itertools.pairwise(placements)
     )
 
 
@@ -271,7 +272,9 @@ def _show(report: dict[str, Any], num_slots: int) -> None:
         grid.add_row("seconds of transfer", f"{report['transfer_seconds']:.3g}")
     grid.add_row("imbalance, p95 of steps", show.ratio(report["imbalance_p95"]))
     grid.add_row("experts moved", str(report["moved_experts"]))
-    grid.add_row("of the slots, at each decision", show.percent(report["moved_experts"] / num_slots))
+    grid.add_row(
+        "of the slots, at each decision", show.percent(report["moved_experts"] / num_slots)
+    )
     jumps = [str(replan["step"]) for replan in report["replans"] if replan["jump"]]
     if jumps:
         grid.add_row("jumps of the traffic found at step", ", ".join(jumps))

@@ -27,7 +27,7 @@ def draw(results: dict[str, Replay], expert_bytes: int | None, kind: str) -> byt
         matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure  # noqa: PLC0415
+        from matplotlib.figure import Figure
     except ImportError:
         raise SolverUnavailable(
             "pictures need matplotlib; pip install 'eplb-toolkit[plots]'"

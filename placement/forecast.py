@@ -78,9 +78,7 @@ def forecast_windows(
         return load_WLE[recent_W], weight_WL
     return (
         np.concatenate([load_WLE[recent_W], mix_MLE]),
-        np.concatenate(
-            [weight_WL * (1 - MIXES_WEIGHT), window_weights(mix_MLE) * MIXES_WEIGHT]
-        ),
+        np.concatenate([weight_WL * (1 - MIXES_WEIGHT), window_weights(mix_MLE) * MIXES_WEIGHT]),
     )
 
 

@@ -113,7 +113,7 @@ def _sizes(change_DF: FloatArray, block_D: IntArray) -> FloatArray:
         inside = np.flatnonzero(block_D == block)
         away = np.ones(len(change_DF), np.bool_)
         away[max(inside[0] - 2 * STRETCH_STEPS, 0) : inside[-1] + 2 * STRETCH_STEPS + 1] = False
-        covariance_FF = change_DF[away].T @ change_DF[away] / max(np.count_nonzero(away), 1)
+        covariance_FF = change_DF[away].T @ change_DF[away] / max(int(away.sum()), 1)
         least = RIDGE * np.trace(covariance_FF) / len(covariance_FF)
         covariance_FF += max(least, np.finfo(float).tiny) * np.eye(len(covariance_FF))
         whitened_FD = np.linalg.solve(covariance_FF, change_DF[inside].T)

@@ -32,13 +32,13 @@ from eplb.placement.batch_annealing import (
     _undo,
     _value,
 )
-from eplb.placement.repair_kernel import (
+from eplb.placement.repair_kernel import _mark_hot
+from eplb.placement.repair_moves import (
     FREE,
     LEAST_GAIN,
     _Candidates,
     _find_replicas,
     _find_swaps,
-    _mark_hot,
     _price_of,
     _ReplicaGains,
     _set_pulls,

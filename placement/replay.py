@@ -41,8 +41,8 @@ class ReplayOptions:
     policy : str
         One of ``POLICIES``.
     fit_steps : int
-        Of ``resolve`` and ``resolve-matched``: the last steps of the past that are fitted. ``follow``
-        looks at all of the past.
+        Of ``resolve`` and ``resolve-matched``: the last steps of the past that are fitted.
+        ``follow`` looks at all of the past.
     max_share : float
         Of ``follow``: the part of all slots that may be filled anew at each decision.
     lift_after_jump : bool
@@ -50,8 +50,8 @@ class ReplayOptions:
     false_alarm_rate : float
         Of the test for jumps, at each decision.
     move_above, rest_below : float
-        Of ``follow-threshold``: it starts to move where moves promise to lower the imbalance by more
-        than ``move_above``, and rests again where they promise less than ``rest_below``.
+        Of ``follow-threshold``: it starts to move where moves promise to lower the imbalance by
+        more than ``move_above``, and rests again where they promise less than ``rest_below``.
     start_solver : str
         Of the first plan, where the policy is not one of the engines'.
     effort : Effort
@@ -255,15 +255,11 @@ _DECIDERS: dict[str, Callable[[ReplayOptions], _Decide]] = dict(
 )
 
 
-def _replanned(
-    past: Problem, placement: Placement, options: ReplayOptions
-) -> tuple[Replan, bool]:
+def _replanned(past: Problem, placement: Placement, options: ReplayOptions) -> tuple[Replan, bool]:
     """Return the few moves, or the many after a jump, and whether there was one."""
     jumped = (
         options.lift_after_jump
-        and find_jump(
-            past.profile, options.every, false_alarm_rate=options.false_alarm_rate
-        ).found
+        and find_jump(past.profile, options.every, false_alarm_rate=options.false_alarm_rate).found
     )
     slots = placement.phys_to_log_LS.size
     limit = slots if jumped else int(options.max_share * slots)

@@ -1,6 +1,6 @@
 """What moving to a placement takes, in seconds: what ``replan`` and ``replay`` charge for moves.
 
-The schedule of :mod:`eplb.placement.schedule` at the topology's bandwidths, as ``eplb diff`` has it.
+The schedule of :mod:`eplb.placement.schedule` at the topology's bandwidths, as in ``eplb diff``.
 """
 
 from __future__ import annotations

@@ -60,9 +60,9 @@ def test_replan_weighs_moves_against_their_transfer(run, loads, small):
     assert "Keep the plan, because" in text
     assert "replan: " in run(*words, *charge, "--horizon", 10000).out
     for wrong, word in (
-        (words + ("--step-ms", 1), "--horizon"),
-        (words + ("--step-ms", 1, "--horizon", 9), "--expert-bytes"),
-        (words[:-2] + (*charge, "--horizon", 9), "--topology"),
+        ((*words, "--step-ms", 1), "--horizon"),
+        ((*words, "--step-ms", 1, "--horizon", 9), "--expert-bytes"),
+        ((*words[:-2], *charge, "--horizon", 9), "--topology"),
     ):
         refused = run(*wrong)
         assert refused.code == 2

@@ -64,8 +64,9 @@ def test_limits_hold_and_the_plan_is_valid(seed, limit, per_layer, split, statis
     assert moves[-1] == found.num_moves
     assert moves == sorted(set(moves))
     assert values == sorted(values, reverse=True)
-    assert count_moves(old, found.at(moves[len(moves) // 2]).phys_to_log_LS, 4) == (
-        moves[len(moves) // 2]
+    assert (
+        count_moves(old, found.at(moves[len(moves) // 2]).phys_to_log_LS, 4)
+        == (moves[len(moves) // 2])
     )
 
 
@@ -152,9 +153,7 @@ def test_brute_force_confirms_that_no_fewer_moves_reach_a_balance():
 def test_nothing_moves_where_nothing_gains():
     problem, start = case(0, windows=1)
     even = LoadProfile.from_counts(np.ones((1, 2, 8)))
-    start = replace(
-        start, phys_to_log_LS=np.array([[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]] * 2)
-    )
+    start = replace(start, phys_to_log_LS=np.array([[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]] * 2))
     counts = np.where(np.arange(8) < 4, 2.0, 1.0) * np.ones((1, 2, 8))
     balanced = replace(even, counts_WLE=counts)
     found = replan(replace(problem, profile=balanced), start, max_moves=12)
