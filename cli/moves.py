@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import click
 
-from eplb.cli.options import Name
+from eplb.cli.options import Machine
 from eplb.errors import InvalidInput
-from eplb.topology import TOPOLOGY_PRESETS, Topology
 
-__all__ = ["bandwidth_option", "charge_options", "charged_topology", "check_charge", "moves_limit"]
+__all__ = ["bandwidth_option", "charge_options", "check_charge", "moves_limit"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,21 +40,10 @@ def bandwidth_option(command: F) -> F:
     """Add the option of a machine whose bandwidths count."""
     return click.option(
         "--topology",
-        type=Name("topology preset", TOPOLOGY_PRESETS),
-        help="Machine whose bandwidths count, in place of the plan's own.",
+        type=Machine(),
+        help="Machine whose bandwidths count, in place of the plan's own: a preset, or a file of a "
+        "measured cluster.",
     )(command)
-
-
-def charged_topology(topology: Topology, name: str | None) -> Topology:
-    """Return the topology with the bandwidths of a preset, where one is named."""
-    if name is None:
-        return topology
-    preset = TOPOLOGY_PRESETS[name]
-    return replace(
-        topology,
-        intra_node_bytes_per_s=preset.intra_node_bytes_per_s,
-        inter_node_bytes_per_s=preset.inter_node_bytes_per_s,
-    )
 
 
 def check_charge(step_ms: float | None, horizon: int | None) -> None:

@@ -46,6 +46,7 @@ __all__ = [
     "plan_quality",
     "provenance_of",
     "show_plan",
+    "show_report",
     "show_unseen",
     "topology_of",
 ]
@@ -365,7 +366,10 @@ def make_plan(
         split=problem.split,
         statistic=problem.statistic,
         quality=plan_quality(problem, solution),
-        provenance=provenance_of(problem, solution),
+        provenance={
+            **provenance_of(problem, solution),
+            **({"holdout_windows": list(kept_out_windows)} if any(kept_out_windows) else {}),
+        },
     )
     check_plan(
         plan,

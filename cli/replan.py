@@ -12,7 +12,6 @@ import numpy as np
 from eplb.cli.moves import (
     bandwidth_option,
     charge_options,
-    charged_topology,
     check_charge,
     moves_limit,
 )
@@ -92,6 +91,7 @@ def command(
     from eplb.placement.forecast import recent_windows
     from eplb.placement.replan import replan
     from eplb.plan_file import read_plan
+    from eplb.topology_file import with_bandwidths
 
     check_charge(step_ms, horizon)
     if output is not None:
@@ -112,7 +112,7 @@ def command(
         even = None
         if step_ms is not None and horizon is not None:
             size = expert_bytes or plan.model.expert_bytes
-            cluster = charged_topology(plan.topology, topology)
+            cluster, _ = with_bandwidths(plan.topology, topology)
             even = _weighed(found, replace(problem, topology=cluster), size, step_ms, horizon)
     moves = found.num_moves if even is None else even.moves
     new = _merged(plan.placement, found.at(moves))

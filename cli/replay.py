@@ -119,6 +119,7 @@ def command(
     policy: str,
     plans: str | None,
     plot: str | None,
+    html_path: str | None,
     step_ms: float | None,
     expert_bytes: int | None,
     windows: Any,
@@ -146,6 +147,8 @@ def command(
         if kind not in FORMATS:
             raise InvalidInput(f"--plot {plot}: pictures are {', '.join(FORMATS)}; name one")
         check_writable(plot)
+    if html_path is not None:
+        check_writable(html_path)
     if plans is not None:
         _make_folder(Path(plans))
     topology = topology_of(options)
@@ -181,6 +184,12 @@ def command(
 
         write_atomic(plot, draw({policy: result}, size, kind))
         report["plot"] = plot
+    if html_path is not None:
+        from eplb.cli.report.command import write_page
+        from eplb.cli.report.make import replay_page
+        from eplb.cli.report.replay_section import replay_log
+
+        write_page(replay_page([replay_log(report, "replay")], profile), html_path)
     if json_:
         click.echo(json.dumps(report))
         return

@@ -15,8 +15,9 @@ from math import inf
 import numpy as np
 from numba import njit
 
-from eplb.placement.annealing import _cost, _inner, _Move
-from eplb.placement.annealing import _State as _Shares
+from eplb.placement.anneal_kernel import inner, rank_cost, set_slopes
+from eplb.placement.anneal_moves import Move
+from eplb.placement.anneal_moves import State as _Shares
 from eplb.placement.batch_annealing import (
     _OVERSHOOT,
     _SETTLE_SWEEPS,
@@ -27,7 +28,6 @@ from eplb.placement.batch_annealing import (
     _relax,
     _remember,
     _Saved,
-    _set_slopes,
     _State,
     _undo,
     _value,
@@ -50,7 +50,7 @@ __all__ = ["repair_batch_layer"]
 _TRIED = 64
 
 
-@_inner(fastmath=True)
+@inner(fastmath=True)
 def _mean_shares(layer, state):  # type: ignore[no-untyped-def]
     """Fill in the fraction of its expert's tokens that each slot has over all windows."""
     for e in range(len(state.count_E)):
@@ -69,7 +69,7 @@ def _mean_shares(layer, state):  # type: ignore[no-untyped-def]
             layer.share_RK[r, state.place_ER[e, r]] = share
 
 
-@_inner()
+@inner()
 def _copy_current(state):  # type: ignore[no-untyped-def]
     for r in range(state.load_RW.shape[1]):
         state.load_RW[0, r] = state.load_RW[1, r]
@@ -77,7 +77,7 @@ def _copy_current(state):  # type: ignore[no-untyped-def]
         state.part_XW[0, x] = state.part_XW[1, x]
 
 
-@_inner()
+@inner()
 def _try(layer, state, saved, candidate, doublings):  # type: ignore[no-untyped-def]
     """Propose a candidate; return the kind and slots to take it back by, and its cost."""
     a, i, b, j = candidate
@@ -88,11 +88,11 @@ def _try(layer, state, saved, candidate, doublings):  # type: ignore[no-untyped-
     _propose(layer, state, kind, a, i, b, j, e, f)
     cost = 0.0
     for r in range(state.load_RW.shape[1]):
-        cost += _cost(state.load_RW[1, r], state.slope_W, doublings)
+        cost += rank_cost(state.load_RW[1, r], state.slope_W, doublings)
     return kind, e, f, cost
 
 
-@_inner()
+@inner()
 def _best(found, count, layer, state, saved, first_ER, cost, doublings):  # type: ignore[no-untyped-def]
     """Return the best of the most promising candidates, or -1."""
     best, best_worth = -1, 0.0
@@ -147,7 +147,7 @@ def repair_batch_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no
         state.slope_W,
         np.zeros(num_ranks),
     )
-    move = _Move(
+    move = Move(
         np.zeros(2, np.int64),
         np.zeros(2, np.int64),
         np.zeros((2, num_ranks + 1), np.int64),
@@ -181,10 +181,10 @@ def repair_batch_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no
         if value < objective_M[moved]:
             objective_M[moved] = value
             best_MRK[moved] = layer.slot_RK
-        _set_slopes(layer, state, doublings)
+        set_slopes(state.slope_W, layer.weight_W, state.load_RW[0], doublings)
         cost = 0.0
         for r in range(num_ranks):
-            shares.cost_R[r] = _cost(state.load_RW[0, r], state.slope_W, doublings)
+            shares.cost_R[r] = rank_cost(state.load_RW[0, r], state.slope_W, doublings)
             cost += shares.cost_R[r]
         _mean_shares(layer, state)
         _set_pulls(layer, shares, pull_RE, buffer_W, doublings)

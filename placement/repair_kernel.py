@@ -17,20 +17,9 @@ from math import inf
 import numpy as np
 from numba import njit
 
-from eplb.placement.annealing import (
-    NEAREST,
-    WEIGHTED,
-    _apply,
-    _derive,
-    _inner,
-    _keep,
-    _Move,
-    _objective,
-    _price,
-    _set_slopes,
-    _State,
-    _sum_loads,
-)
+from eplb.placement.anneal_kernel import NEAREST, WEIGHTED, inner
+from eplb.placement.anneal_moves import Move, State, apply, keep, price
+from eplb.placement.annealing import derive, objective, set_costs, sum_loads
 from eplb.placement.repair_moves import (
     FREE,
     LEAST_GAIN,
@@ -51,7 +40,7 @@ _PRICED = 256
 _SHIFTS = (0.2, 0.05, 0.01)
 
 
-@_inner()
+@inner()
 def _best(found, count, move, layer, state, first_ER, doublings):  # type: ignore[no-untyped-def]
     """Return the candidate of the highest worth, or -1; of those with the highest bounds."""
     best, best_worth = -1, 0.0
@@ -72,17 +61,17 @@ def _best(found, count, move, layer, state, first_ER, doublings):  # type: ignor
             found.move_C4[c, 0], found.move_C4[c, 1], found.move_C4[c, 2], found.move_C4[c, 3]
         )  # fmt: skip
         _propose(candidate, move, layer, state)
-        change, _ = _price(move, layer, state, doublings)
+        change, _ = price(move, layer, state, doublings)
         if -change <= least:
             continue
-        price = _price_of(candidate, layer, first_ER)
-        worth = -change / price if price > 0 else -change * FREE
+        fetched = _price_of(candidate, layer, first_ER)
+        worth = -change / fetched if fetched > 0 else -change * FREE
         if worth > best_worth:
             best, best_worth = c, worth
     return best
 
 
-@_inner()
+@inner()
 def _settle(move, layer, state, doublings):  # type: ignore[no-untyped-def]
     """Shift fractions between replicas as long as that gains (``weighted``)."""
     for step in _SHIFTS:
@@ -97,16 +86,16 @@ def _settle(move, layer, state, doublings):  # type: ignore[no-untyped-def]
                     total = layer.share_RK[a, k] + layer.share_RK[b, j]
                     change = sign * step * total
                     change = min(max(change, -layer.share_RK[a, k]), layer.share_RK[b, j])
-                    _keep(move, 0, layer, state, e, -1)
+                    keep(move, 0, layer, state, e, -1)
                     move.share[0, i] += change
                     move.share[0, (i + 1) % n] -= change
                     move.expert[1] = -1
-                    gain, touched = _price(move, layer, state, doublings)
+                    gain, touched = price(move, layer, state, doublings)
                     if gain < 0.0:
-                        _apply(move, touched, layer, state, a, k, -1, -1)
+                        apply(move, touched, layer, state, a, k, -1, -1)
 
 
-@_inner()
+@inner()
 def _mark_hot(hot_R, cost_R, num_hot):  # type: ignore[no-untyped-def]
     hot_R[:] = False
     for _ in range(min(num_hot, len(hot_R))):
@@ -123,11 +112,9 @@ def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyp
 
     Parameters
     ----------
-    load_EW : array of float64
-        Loads of a mean rank load of 1.
-    weight_W : array of float64
-    slots_RK : array of int64
-        No expert twice on a rank; -1 is an empty slot, which stays empty.
+    layer : Layer
+        Of :mod:`eplb.placement.annealing`; slots and shares change in place. No expert twice on a
+        rank; an empty slot stays empty.
     max_moves : int
     doublings : int
         P is 2 to this power.
@@ -137,12 +124,13 @@ def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyp
     Returns
     -------
     best_MRK : array of int64, shape [max_moves + 1, R, K]
+    share_MRK : array of float64, shape [max_moves + 1, R, K]
     objective_M : array of float64
         Weighted mean over windows of the largest rank load, never increasing.
     """
     num_ranks, slots_per_rank = layer.slot_RK.shape
     num_experts, num_windows = layer.load_EW.shape
-    state = _State(
+    state = State(
         np.zeros(num_experts, np.int64),
         np.zeros((num_experts, num_ranks), np.int64),
         np.zeros((num_experts, num_ranks), np.int64),
@@ -150,7 +138,7 @@ def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyp
         np.zeros(num_windows),
         np.zeros(num_ranks),
     )
-    move = _Move(
+    move = Move(
         np.zeros(2, np.int64),
         np.zeros(2, np.int64),
         np.zeros((2, num_ranks + 1), np.int64),
@@ -160,7 +148,7 @@ def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyp
         np.zeros(num_ranks),
         np.zeros(num_ranks, np.bool_),
     )
-    _derive(layer, state)
+    derive(layer, state)
     first_ER = np.zeros((num_experts, num_ranks), np.int64)
     for e in range(num_experts):
         for r in range(num_ranks):
@@ -183,13 +171,13 @@ def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyp
     moved = 0
     for _ in range(4 * max_moves + 16):
         # Loads anew: rounding does not add up.
-        _sum_loads(layer, state)
-        _set_slopes(layer, state, doublings)
+        sum_loads(layer, state)
+        set_costs(layer, state, doublings)
         if layer.rule == WEIGHTED:
             _settle(move, layer, state, doublings)
-            _sum_loads(layer, state)
-            _set_slopes(layer, state, doublings)
-        value = _objective(layer, state)
+            sum_loads(layer, state)
+            set_costs(layer, state, doublings)
+        value = objective(layer, state)
         if value < objective_M[moved]:
             objective_M[moved] = value
             best_MRK[moved] = layer.slot_RK
@@ -204,22 +192,23 @@ def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyp
         best = _best(found, count, move, layer, state, first_ER, doublings)
         if best < 0:
             break
-        e = slots[ba, bi]
-        f = slots[bb, bj] if kind == 0 else bj
-        moved += (0 if first[ba, f] else 1) - (0 if first[ba, e] else 1)
-        slots[ba, bi] = f
-        held[ba, e], held[ba, f] = False, True
-        if kind == 0:
-            moved += (0 if first[bb, e] else 1) - (0 if first[bb, f] else 1)
-            slots[bb, bj] = e
-            held[bb, f], held[bb, e] = False, True
+        candidate = (
+            found.move_C4[best, 0],
+            found.move_C4[best, 1],
+            found.move_C4[best, 2],
+            found.move_C4[best, 3],
+        )
+        moved += _price_of(candidate, layer, first_ER)
+        _propose(candidate, move, layer, state)
+        _, touched = price(move, layer, state, doublings)
+        a, i, b, j = candidate
+        if b < 0:
+            apply(move, touched, layer, state, a, i, -1, -1)
         else:
-            count[e] -= 1
-            count[f] += 1
+            apply(move, touched, layer, state, a, i, b, j)
     for m in range(1, max_moves + 1):
-        if not objective[m] < objective[m - 1]:
-            objective[m] = objective[m - 1]
-            for r in range(R):
-                for k in range(K):
-                    best[m, r, k] = best[m - 1, r, k]
-    return best, objective
+        if not objective_M[m] < objective_M[m - 1]:
+            objective_M[m] = objective_M[m - 1]
+            best_MRK[m] = best_MRK[m - 1]
+            share_MRK[m] = share_MRK[m - 1]
+    return best_MRK, share_MRK, objective_M

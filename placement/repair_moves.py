@@ -20,18 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray
-from eplb.placement.annealing import (
-    NEAREST,
-    WEIGHTED,
-    _can_swap,
-    _inner,
-    _join,
-    _keep,
-    _power,
-    _propose_swap,
-    _rule_shares,
-    _touch,
-)
+from eplb.placement.anneal_kernel import NEAREST, WEIGHTED, can_swap, inner, to_power
+from eplb.placement.anneal_moves import join, keep, propose_swap, rule_shares, touch
 
 __all__ = ["FREE", "LEAST_GAIN"]
 
@@ -56,13 +46,13 @@ class _ReplicaGains(NamedTuple):
     share_EN: FloatArray  # and the share that it then receives
 
 
-@_inner(fastmath=True)
+@inner(fastmath=True)
 def _set_pulls(layer, state, pull_RE, buffer_W, doublings):  # type: ignore[no-untyped-def]
     """Fill in the part by which an expert changes a rank's cost, to first order and over P."""
     for r in range(len(pull_RE)):
         for w in range(len(buffer_W)):
             load = state.load_RW[r, w]
-            power = _power(load, doublings)
+            power = to_power(load, doublings)
             buffer_W[w] = state.slope_W[w] * power / load if load > 0.0 else 0.0
         for e in range(pull_RE.shape[1]):
             load_W = layer.load_EW[e]
@@ -72,44 +62,44 @@ def _set_pulls(layer, state, pull_RE, buffer_W, doublings):  # type: ignore[no-u
             pull_RE[r, e] = total / state.cost_R[r] if state.cost_R[r] > 0.0 else 0.0
 
 
-@_inner()
+@inner()
 def _least_cost(cost, pull, doublings):  # type: ignore[no-untyped-def]
     """Return a bound from below on a rank's cost after changes of a pull."""
-    return cost * _power(max(1.0 + pull, 0.0), doublings)
+    return cost * to_power(max(1.0 + pull, 0.0), doublings)
 
 
-@_inner()
+@inner()
 def _most_gain(move, layer, state, pull_RE, doublings):  # type: ignore[no-untyped-def]
     """Return a bound from above on what a proposal gains."""
     e, f = move.expert[0], max(move.expert[1], 0)
     gain = 0.0
-    for i in range(_touch(move, layer, state)):
+    for i in range(touch(move, layer, state)):
         r = move.rank[i]
         pull = move.change[0, r] * pull_RE[r, e] + move.change[1, r] * pull_RE[r, f]
         gain += state.cost_R[r] - _least_cost(state.cost_R[r], pull, doublings)
     return gain
 
 
-@_inner()
+@inner()
 def _enter(move, which, layer, state, f, r):  # type: ignore[no-untyped-def]
     """Propose a replica of expert f on rank r."""
-    _keep(move, which, layer, state, f, -1)
+    keep(move, which, layer, state, f, -1)
     n = move.size[which]
     if layer.rule == WEIGHTED:
         for i in range(n):
             move.share[which, i] *= n / (n + 1.0)
-    _join(move, which, r, 1.0 / (n + 1.0))
+    join(move, which, r, 1.0 / (n + 1.0))
     if layer.rule != WEIGHTED:
-        _rule_shares(layer, len(state.cost_R), move.holder[which], n + 1, move.share[which])
+        rule_shares(layer, len(state.cost_R), move.holder[which], n + 1, move.share[which])
 
 
-@_inner()
+@inner()
 def _leave(move, which, layer, state, e, r):  # type: ignore[no-untyped-def]
     """Propose that expert e has no replica on rank r."""
-    _keep(move, which, layer, state, e, r)
+    keep(move, which, layer, state, e, r)
     n = move.size[which]
     if layer.rule != WEIGHTED:
-        _rule_shares(layer, len(state.cost_R), move.holder[which], n, move.share[which])
+        rule_shares(layer, len(state.cost_R), move.holder[which], n, move.share[which])
         return
     # The others take over what it had, in proportion to what they have.
     left = 0.0
@@ -119,7 +109,7 @@ def _leave(move, which, layer, state, e, r):  # type: ignore[no-untyped-def]
         move.share[which, i] = move.share[which, i] / left if left > 0.0 else 1.0 / n
 
 
-@_inner()
+@inner()
 def _propose_replica(move, layer, state, r, k, f):  # type: ignore[no-untyped-def]
     """Let slot k of rank r drop its replica for one of expert f, without chance."""
     _enter(move, 0, layer, state, f, r)
@@ -128,7 +118,7 @@ def _propose_replica(move, layer, state, r, k, f):  # type: ignore[no-untyped-de
     _leave(move, 1, layer, state, e, r)
 
 
-@_inner(fastmath=True)
+@inner(fastmath=True)
 def _find_swaps(  # type: ignore[no-untyped-def]  # noqa: PLR0912  (calls cost numba seconds each)
     found, start, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
 ):
@@ -175,15 +165,13 @@ def _find_swaps(  # type: ignore[no-untyped-def]  # noqa: PLR0912  (calls cost n
                         )
                         if gain <= least:
                             continue
-                    if not _can_swap(
-                        state.place_ER, layer.node_E, layer.ranks_per_node, a, b, e, f
-                    ):
+                    if not can_swap(state.place_ER, layer.node_E, layer.ranks_per_node, a, b, e, f):
                         continue
                     price = first_ER[e, a] - first_ER[e, b] + first_ER[f, b] - first_ER[f, a]
                     if price > room:
                         continue
                     if not travels:
-                        _propose_swap(move, layer, state, a, i, b, j)
+                        propose_swap(move, layer, state, a, i, b, j)
                         gain = _most_gain(move, layer, state, pull_RE, doublings)
                         if gain <= least:
                             continue
@@ -194,7 +182,7 @@ def _find_swaps(  # type: ignore[no-untyped-def]  # noqa: PLR0912  (calls cost n
     return count
 
 
-@_inner()
+@inner()
 def _set_replica_gains(gains, layer, state, move, pull_RE, doublings):  # type: ignore[no-untyped-def]
     """Fill in what replicas that go and come make other ranks gain, by bounds from above."""
     slot_RK = layer.slot_RK
@@ -229,7 +217,7 @@ def _set_replica_gains(gains, layer, state, move, pull_RE, doublings):  # type: 
             gains.share_EN[f, node] = share
 
 
-@_inner()
+@inner()
 def _find_replicas(  # type: ignore[no-untyped-def]  # noqa: PLR0912
     found, start, gains, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
 ):
@@ -285,7 +273,7 @@ def _find_replicas(  # type: ignore[no-untyped-def]  # noqa: PLR0912
     return count
 
 
-@_inner()
+@inner()
 def _price_of(candidate, layer, first_ER):  # type: ignore[no-untyped-def]
     """Return how many more experts have to be fetched."""
     a, i, b, j = candidate
@@ -296,10 +284,10 @@ def _price_of(candidate, layer, first_ER):  # type: ignore[no-untyped-def]
     return first_ER[e, a] - first_ER[e, b] + first_ER[f, b] - first_ER[f, a]
 
 
-@_inner()
+@inner()
 def _propose(candidate, move, layer, state):  # type: ignore[no-untyped-def]
     a, i, b, j = candidate
     if b < 0:
         _propose_replica(move, layer, state, a, i, j)
     else:
-        _propose_swap(move, layer, state, a, i, b, j)
+        propose_swap(move, layer, state, a, i, b, j)

@@ -21,6 +21,7 @@ from eplb.arrays import FloatArray, IntArray
 from eplb.errors import InvalidInput, PlacementInvalid
 from eplb.metrics import CVAR_TAIL, tail_mean
 from eplb.placement.forecast import forecast_windows
+from eplb.placement.in_service import put_back, reduced_placement, reduced_problem
 from eplb.placement.keep_slots import count_moves, reorder_slots
 from eplb.placement.windows import fit_windows
 from eplb.problem import Problem
@@ -141,13 +142,21 @@ def replan(
     Raises
     ------
     InvalidInput
-        A limit is negative.
+        A limit is negative, or ranks differ in speed.
     PlacementInvalid
         An expert is twice on a rank, which the search does not keep, or the placement does not fit
         the problem.
     """
     if max_moves < 0 or (max_moves_per_layer is not None and max_moves_per_layer < 0):
         raise InvalidInput("the limit on moves must be at least 0")
+    if problem.topology.rank_speed is not None:
+        raise InvalidInput(
+            "moves are searched for ranks of one speed, and rank_speed says that they differ; "
+            "leave it out of the topology"
+        )
+    part = reduced_problem(problem)
+    if part is not problem:
+        return _in_service(problem, part, placement, max_moves, max_moves_per_layer, seed)
     old = _of_layers(problem, placement)
     num_layers, num_slots = old.phys_to_log_LS.shape
     per_layer = max_moves_per_layer
@@ -172,6 +181,30 @@ def replan(
     assert count_moves(old.phys_to_log_LS, new.phys_to_log_LS, num_ranks) == last
     return Replan(
         placement=new, num_moves=last, curve=tuple(point for point, _, _ in found), _at=at
+    )
+
+
+def _in_service(
+    problem: Problem,
+    part: Problem,
+    placement: Placement,
+    max_moves: int,
+    max_moves_per_layer: int | None,
+    seed: int,
+) -> Replan:
+    """Search on the ranks in service, and put what is found back among all ranks."""
+    topology = problem.topology
+    found = replan(
+        part,
+        reduced_placement(placement, topology),
+        max_moves=max_moves,
+        max_moves_per_layer=max_moves_per_layer,
+        seed=seed,
+    )
+    return replace(
+        found,
+        placement=put_back(found.placement, topology),
+        _at=lambda moves: put_back(found.at(moves), topology),
     )
 
 
@@ -240,7 +273,7 @@ def _repaired(
 ) -> _Layers:
     """Search every layer, in parallel."""
     # Numba takes a second to import, and not every command searches.
-    from eplb.placement.annealing import RULES, WEIGHTED, Layer  # noqa: PLC0415
+    from eplb.placement.anneal_kernel import RULES, WEIGHTED, Layer  # noqa: PLC0415
     from eplb.placement.repair_batch import repair_batch_layer  # noqa: PLC0415
     from eplb.placement.repair_kernel import repair_layer  # noqa: PLC0415
 

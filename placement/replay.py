@@ -302,4 +302,5 @@ def _fitted(problem: Problem, profile: LoadProfile) -> Problem:
 
 def _step_costs(ahead: LoadProfile, placement: Placement, problem: Problem) -> FloatArray:
     """Return the imbalance of each step, mean over layers; NaN where there is no load."""
-    return step_costs(imbalance(rank_load(ahead, placement, problem.topology, problem.split)))
+    topology = problem.topology
+    return step_costs(imbalance(rank_load(ahead, placement, topology, problem.split), topology))

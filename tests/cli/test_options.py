@@ -126,6 +126,7 @@ OPTIONS = {
         "--fit-steps",
         "--groups",
         "--hierarchical",
+        "--html",
         "--json",
         "--max-share",
         "--model",

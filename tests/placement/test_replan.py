@@ -83,6 +83,21 @@ def test_an_expert_that_stays_keeps_its_slot():
             )
 
 
+def test_ranks_out_of_service_stay_empty():
+    problem, _ = case(0, windows=1)
+    topology = Topology(num_nodes=2, ranks_per_node=2, slots_per_rank=4, ranks_out_of_service=(1,))
+    row = np.array([0, 1, 2, 3, -1, -1, -1, -1, 4, 5, 6, 7, 0, 1, 2, 3])
+    start = replace(
+        initial_placement(problem.profile.layer_ids, 8, 16), phys_to_log_LS=np.stack([row, row])
+    )
+    found = replan(replace(problem, topology=topology), start, max_moves=6)
+    new = found.placement.phys_to_log_LS
+    assert found.num_moves == count_moves(start.phys_to_log_LS, new, 4) > 0
+    assert ((new < 0) == (start.phys_to_log_LS < 0)).all()
+    balance = evaluate(problem.profile, found.placement, topology, "even")
+    assert balance.imbalance_mean == pytest.approx(found.curve[-1].imbalance)
+
+
 def test_groups_stay_in_their_nodes():
     for seed in range(20):
         problem, start = case(seed, windows=1, groups_in_nodes=True)
