@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from run import environment
@@ -41,7 +42,7 @@ from eplb.problem import Problem
 UNIT, LAYERS = "EP32x9", 4
 EVERY, WARMUP, FIT_STEPS = 20, 120, 100
 JUMP, AFTER_JUMP = 240, (260, 280)
-SHARES = (0.005, 0.01, 0.02, 0.04, 0.08, 0.2, 1.0)
+SHARES = (0.01, 0.02, 0.04, 0.08, 1.0)
 ORACLE_SWEEPS = 300
 # Of the test for jumps: permutations of each stream, steps at which each is tested, rates.
 PERMUTATIONS, TESTED, RATES = 8, range(140, 480, 40), (0.01, 0.05)
@@ -215,11 +216,8 @@ def forecasts(profiles: list[LoadProfile]) -> list[Row]:
     rows = []
     for profile in profiles:
         for name, windows in FORECASTS.items():
-            replan_module.forecast_windows = windows
-            try:
+            with patch.object(replan_module, "forecast_windows", windows):
                 result = replay(problem_of(profile, UNIT), options_of("follow"))
-            finally:
-                replan_module.forecast_windows = forecast_windows
             rows.append(row_of(profile, name, result))
     return rows
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from move_tables import MOVE_TABLES
+from follow_tables import FOLLOW_TABLES
 from request_tables import REQUEST_TABLES
 from search_tables import SEARCH_TABLES
 
@@ -23,6 +24,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "exact.md",
     ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "migration.md",
     ROOT / "docs" / "recording.md",
     ROOT / "docs" / "repair.md",
     ROOT / "docs" / "engines" / "vllm.md",
@@ -192,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "vllm-policy": vllm_policy,
     **MOVE_TABLES,
     **REQUEST_TABLES,
+    **FOLLOW_TABLES,
     **SEARCH_TABLES,
 }
 
