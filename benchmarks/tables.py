@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ep_layer_tables import EP_LAYER_TABLES
+from follow_tables import FOLLOW_TABLES
 from move_tables import MOVE_TABLES
 from request_tables import REQUEST_TABLES
 from search_tables import SEARCH_TABLES
@@ -24,6 +25,7 @@ PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "exact.md",
     ROOT / "docs" / "measured.md",
+    ROOT / "docs" / "migration.md",
     ROOT / "docs" / "recording.md",
     ROOT / "docs" / "repair.md",
     ROOT / "docs" / "report.md",
@@ -216,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **EP_LAYER_TABLES,
     **MOVE_TABLES,
     **REQUEST_TABLES,
+    **FOLLOW_TABLES,
     **SEARCH_TABLES,
 }
 

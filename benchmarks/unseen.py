@@ -24,14 +24,14 @@ from search import problem_of, scored
 
 import eplb
 from eplb.load_profile import LoadProfile
-from eplb.placement import windows
+from eplb.placement import factors, windows
 from eplb.placement.solve import Effort, solve
 
 UNIT, NUM_STEPS, FIRST_STEPS = "EP32x9", 120, (0, 120, 240)
 LAYERS = (0, 2, 5, 7)
 SEEDS, SWEEPS = 2, 1000
 
-# name: constants of eplb.placement.windows, options of the effort
+# name: constants of eplb.placement.windows and .factors, options of the effort
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "as shipped": ({}, {}),
     "recorded steps only": ({}, {"extend": False}),
@@ -56,7 +56,8 @@ def unseen(
     figures = []
     with ExitStack() as stack:
         for name, value in constants.items():
-            stack.enter_context(patch.object(windows, name, value))
+            module = windows if hasattr(windows, name) else factors
+            stack.enter_context(patch.object(module, name, value))
         for profile in profiles:
             for first in FIRST_STEPS:
                 fitted = profile.windows(first, first + NUM_STEPS)

@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 from eplb import __version__
+from eplb.cli.moves import moves_limit
 from eplb.cli.options import (
     Fraction,
     Machine,
@@ -47,6 +48,8 @@ __all__ = [
     "engine_start",
     "make_plan",
     "model_of",
+    "plan_quality",
+    "provenance_of",
     "show_plan",
     "show_report",
     "show_unseen",
@@ -105,6 +108,11 @@ __all__ = [
     type=click.Path(),
     metavar="PLAN",
     help="Search from this plan instead of from greedy ones; never ends worse.",
+)
+@click.option(
+    "--max-moves",
+    metavar="N|P%",
+    help="Move so many experts from --previous at most, or part of all slots.",
 )
 @click.option(
     "--time-limit",
@@ -191,6 +199,11 @@ def command(
         sweeps=options["sweeps"],
         extend=not options["recorded_only"],
         start=start,
+        max_moves=(
+            None
+            if options["max_moves"] is None
+            else moves_limit(options["max_moves"], profile.num_layers * topology.num_slots)
+        ),
     )
     # The inner loops are compiled by the first search on a machine, which takes some seconds.
     compiles = options["solver"] != "greedy"
@@ -227,6 +240,14 @@ def _check_effort(options: dict[str, Any]) -> None:
             "--solver greedy starts from nothing, so --previous says nothing to it; use --solver "
             "search"
         )
+    if options["max_moves"] is not None:
+        if options["previous"] is None:
+            raise InvalidInput("--max-moves needs a plan to move from; give --previous")
+        for name in ("sweeps", "time_limit"):
+            if options[name] is not None:
+                raise InvalidInput(
+                    f"--max-moves ends by itself; leave --{name.replace('_', '-')} out"
+                )
     if options["sweeps"] is not None:
         if options["solver"] != "search":
             raise InvalidInput(
@@ -349,38 +370,10 @@ def make_plan(
         placement=solution.placement,
         split=problem.split,
         statistic=problem.statistic,
-        quality=Quality(
-            imbalance_mean=solution.balance.imbalance_mean,
-            imbalance_worst=solution.balance.imbalance_worst,
-            bound_mean=solution.bound_mean,
-            gap_mean=solution.balance.imbalance_mean / solution.bound_mean - 1,
-            **(
-                {}
-                if problem.statistic == "mean"
-                else {
-                    "objective": solution.objective,
-                    "bound": solution.bound,
-                    "gap": solution.gap,
-                }
-            ),
-        ),
+        quality=plan_quality(problem, solution),
         provenance={
-            "solver": solution.solver,
-            "policy": "hierarchical" if problem.groups_in_nodes else "global",
-            "distinct_ranks": problem.distinct_ranks,
-            "seed": solution.seed,
-            "status": solution.status,
-            "stop_reason": solution.stop_reason,
-            **solution.notes,
-            "profile": problem.profile.source,
-            "profile_windows": problem.profile.num_windows,
-            "profile_sha256": problem.profile.sha256(),
+            **provenance_of(problem, solution),
             **({"holdout_windows": list(kept_out_windows)} if any(kept_out_windows) else {}),
-            "versions": {
-                "eplb-toolkit": __version__,
-                "numpy": np.__version__,
-                "python": platform.python_version(),
-            },
         },
     )
     check_plan(
@@ -391,6 +384,39 @@ def make_plan(
     )
     write_plan(plan, output)
     return plan
+
+
+def plan_quality(problem: Problem, solution: Solution) -> Quality:
+    """Return what a plan's file says of its worth."""
+    proof = {"objective": solution.objective, "bound": solution.bound, "gap": solution.gap}
+    return Quality(
+        imbalance_mean=solution.balance.imbalance_mean,
+        imbalance_worst=solution.balance.imbalance_worst,
+        bound_mean=solution.bound_mean,
+        gap_mean=solution.balance.imbalance_mean / solution.bound_mean - 1,
+        **({} if problem.statistic == "mean" else proof),
+    )
+
+
+def provenance_of(problem: Problem, solution: Solution) -> dict[str, Any]:
+    """Return where a plan comes from, as JSON values."""
+    return {
+        "solver": solution.solver,
+        "policy": "hierarchical" if problem.groups_in_nodes else "global",
+        "distinct_ranks": problem.distinct_ranks,
+        "seed": solution.seed,
+        "status": solution.status,
+        "stop_reason": solution.stop_reason,
+        **solution.notes,
+        "profile": problem.profile.source,
+        "profile_windows": problem.profile.num_windows,
+        "profile_sha256": problem.profile.sha256(),
+        "versions": {
+            "eplb-toolkit": __version__,
+            "numpy": np.__version__,
+            "python": platform.python_version(),
+        },
+    }
 
 
 def plan_report(plan: Plan, solution: Solution, output: str) -> dict[str, Any]:

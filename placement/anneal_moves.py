@@ -31,12 +31,17 @@ from eplb.placement.anneal_kernel import (
 __all__ = [
     "Move",
     "State",
+    "apply",
+    "join",
+    "keep",
     "offer",
+    "price",
     "propose_replace",
     "propose_shift",
     "propose_swap",
     "rank_cost_with_both",
     "rule_shares",
+    "touch",
 ]
 
 
@@ -106,7 +111,7 @@ def rule_shares(layer, num_ranks, holder, count, share):  # type: ignore[no-unty
 
 
 @inner()
-def _keep(move, which, layer, state, expert, leaves):  # type: ignore[no-untyped-def]
+def keep(move, which, layer, state, expert, leaves):  # type: ignore[no-untyped-def]
     """Start a proposal with an expert's present replicas, all but the one on rank ``leaves``."""
     move.expert[which] = expert
     n = 0
@@ -120,7 +125,8 @@ def _keep(move, which, layer, state, expert, leaves):  # type: ignore[no-untyped
 
 
 @inner()
-def _join(move, which, rank, share):  # type: ignore[no-untyped-def]
+def join(move, which, rank, share):  # type: ignore[no-untyped-def]
+    """Add a replica to a proposal."""
     n = move.size[which]
     move.holder[which, n] = rank
     move.share[which, n] = share
@@ -133,12 +139,12 @@ def propose_swap(move, layer, state, r, k, s, j):  # type: ignore[no-untyped-def
     e, f = layer.slot_RK[r, k], layer.slot_RK[s, j]
     if e < 0:
         e, f, r, s, k, j = f, e, s, r, j, k
-    _keep(move, 0, layer, state, e, r)
-    _join(move, 0, s, layer.share_RK[r, k])
+    keep(move, 0, layer, state, e, r)
+    join(move, 0, s, layer.share_RK[r, k])
     move.expert[1] = f
     if f >= 0:
-        _keep(move, 1, layer, state, f, s)
-        _join(move, 1, r, layer.share_RK[s, j])
+        keep(move, 1, layer, state, f, s)
+        join(move, 1, r, layer.share_RK[s, j])
     if layer.rule == NEAREST:
         num_ranks = len(state.cost_R)
         rule_shares(layer, num_ranks, move.holder[0], move.size[0], move.share[0])
@@ -155,18 +161,18 @@ def propose_replace(move, layer, state, r, k, f):  # type: ignore[no-untyped-def
     if layer.node_E[f] >= 0 and layer.node_E[f] != r // layer.ranks_per_node:
         return False
     num_ranks = len(state.cost_R)
-    _keep(move, 0, layer, state, f, -1)
+    keep(move, 0, layer, state, f, -1)
     if layer.rule == WEIGHTED:
         # The new replica takes over half of a random one's part.
         i = random_below(layer.random, move.size[0])
         move.share[0, i] *= 0.5
-        _join(move, 0, r, move.share[0, i])
+        join(move, 0, r, move.share[0, i])
     else:
-        _join(move, 0, r, 0.0)
+        join(move, 0, r, 0.0)
         rule_shares(layer, num_ranks, move.holder[0], move.size[0], move.share[0])
     move.expert[1] = e
     if e >= 0:
-        _keep(move, 1, layer, state, e, r)
+        keep(move, 1, layer, state, e, r)
         if layer.rule == WEIGHTED:
             move.share[1, random_below(layer.random, move.size[1])] += layer.share_RK[r, k]
         else:
@@ -180,22 +186,22 @@ def propose_shift(move, layer, state, r, k):  # type: ignore[no-untyped-def]
     e = layer.slot_RK[r, k]
     if e < 0 or state.count_E[e] < 2:
         return False
-    _keep(move, 0, layer, state, e, r)
+    keep(move, 0, layer, state, e, r)
     i = random_below(layer.random, move.size[0])
     here, there = layer.share_RK[r, k], move.share[0, i]
     # As far as the other can give, or by a little.
     change = random_unit(layer.random) * (here + there) - here
     if random_unit(layer.random) < 0.7:
         change *= 0.05
-    _join(move, 0, r, here + change)
+    join(move, 0, r, here + change)
     move.share[0, i] = there - change
     move.expert[1] = -1
     return True
 
 
 @inner()
-def _price(move, layer, state, doublings):  # type: ignore[no-untyped-def]
-    """Return the change of cost and the number of ranks touched."""
+def touch(move, layer, state):  # type: ignore[no-untyped-def]
+    """Fill in the ranks that a proposal touches and the changes of shares; return their number."""
     touched = 0
     for which in range(2):
         e = move.expert[which]
@@ -215,11 +221,19 @@ def _price(move, layer, state, doublings):  # type: ignore[no-untyped-def]
                 move.change[1, r] = 0.0
                 touched += 1
             move.change[which, r] += change
+    for i in range(touched):
+        move.seen[move.rank[i]] = False
+    return touched
+
+
+@inner()
+def price(move, layer, state, doublings):  # type: ignore[no-untyped-def]
+    """Return the change of cost and the number of ranks touched."""
+    touched = touch(move, layer, state)
     total = 0.0
     a_W, b_W = layer.load_EW[move.expert[0]], layer.load_EW[max(move.expert[1], 0)]
     for i in range(touched):
         r = move.rank[i]
-        move.seen[r] = False
         a, b = move.change[0, r], move.change[1, r]
         if a == 0.0 and b == 0.0:
             move.cost[r] = state.cost_R[r]
@@ -234,7 +248,7 @@ def _price(move, layer, state, doublings):  # type: ignore[no-untyped-def]
 
 
 @inner()
-def _apply(move, touched, layer, state, r, k, s, j):  # type: ignore[no-untyped-def]
+def apply(move, touched, layer, state, r, k, s, j):  # type: ignore[no-untyped-def]
     """Carry a proposal out; it leaves slot k of rank r, and slot j of rank s, to each other."""
     for i in range(touched):
         q = move.rank[i]
@@ -273,6 +287,6 @@ def _apply(move, touched, layer, state, r, k, s, j):  # type: ignore[no-untyped-
 @inner()
 def offer(move, layer, state, r, k, s, j, temperature, doublings):  # type: ignore[no-untyped-def]
     """Price a proposal, and carry it out if the rise of cost is accepted."""
-    change, touched = _price(move, layer, state, doublings)
+    change, touched = price(move, layer, state, doublings)
     if accepts(layer.random, change, temperature):
-        _apply(move, touched, layer, state, r, k, s, j)
+        apply(move, touched, layer, state, r, k, s, j)

@@ -50,7 +50,7 @@ from eplb.placement.anneal_moves import (
     rule_shares,
 )
 
-__all__ = ["anneal"]
+__all__ = ["anneal", "derive", "objective", "set_costs", "sum_loads"]
 
 # Loads are summed anew from the slots after this many sweeps, which rounding does not survive.
 _RESUM_SWEEPS = 16
@@ -59,7 +59,7 @@ _REPLACE, _SHIFT = 0.1, 0.3
 
 
 @inner()
-def _derive(layer, state):  # type: ignore[no-untyped-def]
+def derive(layer, state):  # type: ignore[no-untyped-def]
     """Fill in counts, holders and places, and shares where the rule gives them."""
     num_ranks = len(layer.slot_RK)
     index_slots(layer.slot_RK, state.count_E, state.holder_ER, state.place_ER)
@@ -74,7 +74,8 @@ def _derive(layer, state):  # type: ignore[no-untyped-def]
 
 
 @inner()
-def _sum_loads(layer, state):  # type: ignore[no-untyped-def]
+def sum_loads(layer, state):  # type: ignore[no-untyped-def]
+    """Fill in rank loads from slots and shares."""
     for r in range(layer.slot_RK.shape[0]):
         fill(state.load_RW[r], 0.0)
         for k in range(layer.slot_RK.shape[1]):
@@ -84,7 +85,8 @@ def _sum_loads(layer, state):  # type: ignore[no-untyped-def]
 
 
 @inner()
-def _objective(layer, state):  # type: ignore[no-untyped-def]
+def objective(layer, state):  # type: ignore[no-untyped-def]
+    """Return the weighted mean over windows of the largest rank load."""
     total = 0.0
     for w in range(len(layer.weight_W)):
         largest = 0.0
@@ -95,7 +97,8 @@ def _objective(layer, state):  # type: ignore[no-untyped-def]
 
 
 @inner()
-def _set_costs(layer, state, doublings):  # type: ignore[no-untyped-def]
+def set_costs(layer, state, doublings):  # type: ignore[no-untyped-def]
+    """Fill in the slopes of windows and the costs of ranks."""
     set_slopes(state.slope_W, layer.weight_W, state.load_RW, doublings)
     for r in range(len(state.cost_R)):
         state.cost_R[r] = rank_cost(state.load_RW[r], state.slope_W, doublings)
@@ -224,19 +227,19 @@ def anneal(  # type: ignore[no-untyped-def]
         np.zeros(num_ranks),
         np.zeros(num_ranks, np.bool_),
     )
-    _derive(layer, state)
+    derive(layer, state)
     fall = (last_temperature / first_temperature) ** (1.0 / max(num_sweeps - 1, 1))
     temperature = first_temperature
     for sweep in range(num_sweeps + 1):
         if sweep % _RESUM_SWEEPS == 0 or sweep == num_sweeps:
-            _sum_loads(layer, state)
-        value = _objective(layer, state)
+            sum_loads(layer, state)
+        value = objective(layer, state)
         if value < best_value:
             best_value = value
             copy_rows(best_slot_RK, layer.slot_RK)
             copy_rows(best_share_RK, layer.share_RK)
         if sweep < num_sweeps:
-            _set_costs(layer, state, doublings)
+            set_costs(layer, state, doublings)
             _sweep(move, layer, state, temperature, doublings)
             temperature *= fall
     return best_value

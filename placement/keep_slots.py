@@ -14,7 +14,7 @@ import numpy as np
 
 from eplb.arrays import IntArray
 
-__all__ = ["count_moves", "keep_slots"]
+__all__ = ["count_moves", "keep_slots", "reorder_slots"]
 
 
 def keep_slots(new_LS: IntArray, old_LS: IntArray, num_ranks: int, num_nodes: int = 1) -> IntArray:
@@ -40,7 +40,7 @@ def keep_slots(new_LS: IntArray, old_LS: IntArray, num_ranks: int, num_nodes: in
     order_LR = np.stack([_best_order(overlap_RR, num_nodes) for overlap_RR in overlap_LRR])
     new_LRK = new_LS.reshape(num_layers, num_ranks, -1)
     new_LRK = np.take_along_axis(new_LRK, order_LR[:, :, np.newaxis], axis=1)
-    kept_LRK = _reorder_slots(new_LRK, old_LS.reshape(new_LRK.shape))
+    kept_LRK = reorder_slots(new_LRK, old_LS.reshape(new_LRK.shape))
     return kept_LRK.reshape(num_layers, -1)
 
 
@@ -103,7 +103,7 @@ def _best_order(overlap_RR: IntArray, num_nodes: int) -> IntArray:
     return np.asarray(order_NM.reshape(-1))
 
 
-def _reorder_slots(new_LRK: IntArray, old_LRK: IntArray) -> IntArray:
+def reorder_slots(new_LRK: IntArray, old_LRK: IntArray) -> IntArray:
     """Return the experts of each rank with those that stay in their old slots."""
     # The second replica of an expert on a rank is matched to the second one.
     number = max(int(new_LRK.max()), int(old_LRK.max())) + 2

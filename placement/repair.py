@@ -24,7 +24,8 @@ from eplb.placement.in_service import put_back, reduced_placement, reduced_topol
 from eplb.placement.migration import Migration, find_migration
 from eplb.placement.refill import layer_loads, refill
 from eplb.plan import Plan
-from eplb.slots import EMPTY, replica_count
+from eplb.problem import Problem
+from eplb.slots import EMPTY, Placement, replica_count
 from eplb.topology import Topology
 
 __all__ = ["Repair", "improved", "new_fractions", "repair"]
@@ -154,9 +155,19 @@ def improved(
             "leave --max-moves out"
         )
     ranks, rows = topology.ranks_in_service, plan.placement.rows(profile.layer_ids)
-    flat = Topology(num_nodes=1, ranks_per_node=len(ranks), slots_per_rank=topology.slots_per_rank)
-    inner_LS = slots_LRK[rows][:, ranks].reshape(len(rows), -1)
-    found = replan(profile, inner_LS, flat, max_moves=max_moves)
+    problem = Problem(
+        profile=profile,
+        model=replace(plan.model, layer_ids=profile.layer_ids),
+        topology=Topology(
+            num_nodes=1, ranks_per_node=len(ranks), slots_per_rank=topology.slots_per_rank
+        ),
+    )
+    inner = Placement(
+        phys_to_log_LS=slots_LRK[rows][:, ranks].reshape(len(rows), -1),
+        layer_ids=profile.layer_ids,
+        num_experts=plan.model.num_experts,
+    )
+    found = replan(problem, inner, max_moves=max_moves).placement
     better_LRK = slots_LRK.copy()
     better_LRK[np.array(rows)[:, np.newaxis], ranks] = found.phys_to_log_LS.reshape(
         len(rows), len(ranks), -1

@@ -1,47 +1,120 @@
 """The inner loop of ``replan``: the best moves of one layer, one after the other, by numba.
 
-From the current placement the swap of two slots, or the replacement of a replica by one of another
-expert, is made that gains most for each expert that has to be moved. What is lowered is the sum of
-:mod:`eplb.placement.annealing`, over ranks r and windows w,
+From the placement in force the swap of two slots, or the replacement of a replica by one of another
+expert, is made that gains most for each expert that has to be fetched. What is lowered is the sum
+over ranks and windows of :mod:`eplb.placement.annealing`, whose helpers are used here. An expert is
+fetched when a rank holds it that did not hold it at first: taking it back is free, and gives the
+move back. Of the candidates of :mod:`eplb.placement.repair_moves` the most promising are priced
+window by window, as long as their bounds are above the best gain found.
 
-    slope_w * load_rw ** P,    slope_w = weight_w / P * (sum_r load_rw ** P) ** (1 / P - 1)
-
-which has no plateaus, as the largest load has. An expert is moved when a rank holds it that did not
-hold it at first: taking it back is free, and gives the move back.
-
-Shape letters: W windows, E logical experts, R ranks, K slots of a rank, M moves.
+Shape letters: W windows, E logical experts, R ranks, K slots of a rank, M moves, C candidates.
 """
 
 from __future__ import annotations
 
 from math import inf
-from typing import Any
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
+
+from eplb.placement.anneal_kernel import NEAREST, WEIGHTED, inner
+from eplb.placement.anneal_moves import Move, State, apply, keep, price
+from eplb.placement.annealing import derive, objective, set_costs, sum_loads
+from eplb.placement.repair_moves import (
+    FREE,
+    LEAST_GAIN,
+    _Candidates,
+    _find_replicas,
+    _find_swaps,
+    _price_of,
+    _propose,
+    _ReplicaGains,
+    _set_pulls,
+)
 
 __all__ = ["repair_layer"]
 
+# Candidates that are priced window by window before each move.
+_PRICED = 256
+# Parts of two replicas' fractions that are shifted between them, largest first.
+_SHIFTS = (0.2, 0.05, 0.01)
+
+
+@inner()
+def _best(found, count, move, layer, state, first_ER, doublings):  # type: ignore[no-untyped-def]
+    """Return the candidate of the highest worth, or -1; of those with the highest bounds."""
+    best, best_worth = -1, 0.0
+    least = LEAST_GAIN * state.cost_R.sum()
+    cut = 0.0
+    if count > _PRICED:
+        cut = np.partition(found.bound_C[:count], count - _PRICED)[count - _PRICED]
+    # The one with the highest bound first: its worth rules most of the others out.
+    top = 0
+    for c in range(count):
+        if found.bound_C[c] > found.bound_C[top]:
+            top = c
+    for number in range(count + 1):
+        c = top if number == 0 else number - 1
+        if count == 0 or found.bound_C[c] <= best_worth or found.bound_C[c] < cut:
+            continue
+        candidate = (
+            found.move_C4[c, 0], found.move_C4[c, 1], found.move_C4[c, 2], found.move_C4[c, 3]
+        )  # fmt: skip
+        _propose(candidate, move, layer, state)
+        change, _ = price(move, layer, state, doublings)
+        if -change <= least:
+            continue
+        fetched = _price_of(candidate, layer, first_ER)
+        worth = -change / fetched if fetched > 0 else -change * FREE
+        if worth > best_worth:
+            best, best_worth = c, worth
+    return best
+
+
+@inner()
+def _settle(move, layer, state, doublings):  # type: ignore[no-untyped-def]
+    """Shift fractions between replicas as long as that gains (``weighted``)."""
+    for step in _SHIFTS:
+        for e in range(len(state.count_E)):
+            n = state.count_E[e]
+            for i in range(n - 1 if n == 2 else n):
+                if n < 2:
+                    break
+                for sign in (-1.0, 1.0):
+                    a, b = state.holder_ER[e, i], state.holder_ER[e, (i + 1) % n]
+                    k, j = state.place_ER[e, a], state.place_ER[e, b]
+                    total = layer.share_RK[a, k] + layer.share_RK[b, j]
+                    change = sign * step * total
+                    change = min(max(change, -layer.share_RK[a, k]), layer.share_RK[b, j])
+                    keep(move, 0, layer, state, e, -1)
+                    move.share[0, i] += change
+                    move.share[0, (i + 1) % n] -= change
+                    move.expert[1] = -1
+                    gain, touched = price(move, layer, state, doublings)
+                    if gain < 0.0:
+                        apply(move, touched, layer, state, a, k, -1, -1)
+
+
+@inner()
+def _mark_hot(hot_R, cost_R, num_hot):  # type: ignore[no-untyped-def]
+    hot_R[:] = False
+    for _ in range(min(num_hot, len(hot_R))):
+        top = -1
+        for r in range(len(hot_R)):
+            if not hot_R[r] and (top < 0 or cost_R[r] > cost_R[top]):
+                top = r
+        hot_R[top] = True
+
 
 @njit(cache=True, nogil=True)
-def repair_layer(  # noqa: PLR0912, PLR0915  (calls cost numba seconds each)
-    load_EW: NDArray[np.float64],
-    weight_W: NDArray[np.float64],
-    slots_RK: NDArray[np.int64],
-    max_moves: int,
-    doublings: int,
-    num_hot: int,
-) -> Any:
+def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyped-def]  # noqa: PLR0915
     """Return the best placement and objective within each number of moves.
 
     Parameters
     ----------
-    load_EW : array of float64
-        Loads of a mean rank load of 1.
-    weight_W : array of float64
-    slots_RK : array of int64
-        No expert twice on a rank; -1 is an empty slot, which stays empty.
+    layer : Layer
+        Of :mod:`eplb.placement.annealing`; slots and shares change in place. No expert twice on a
+        rank; an empty slot stays empty.
     max_moves : int
     doublings : int
         P is 2 to this power.
@@ -51,153 +124,91 @@ def repair_layer(  # noqa: PLR0912, PLR0915  (calls cost numba seconds each)
     Returns
     -------
     best_MRK : array of int64, shape [max_moves + 1, R, K]
+    share_MRK : array of float64, shape [max_moves + 1, R, K]
     objective_M : array of float64
         Weighted mean over windows of the largest rank load, never increasing.
     """
-    R, K = slots_RK.shape
-    E, W = load_EW.shape
-    power = 2.0**doublings
-    slots = slots_RK.copy()
-    held = np.zeros((R, E), np.bool_)
-    count = np.zeros(E, np.int64)
-    for r in range(R):
-        for k in range(K):
-            if slots[r, k] >= 0:
-                held[r, slots[r, k]] = True
-                count[slots[r, k]] += 1
-    first = held.copy()
-    best = np.empty((max_moves + 1, R, K), np.int64)
-    objective = np.full(max_moves + 1, inf)
-    load = np.zeros((R, W))
-    slope = np.zeros(W)
-    cost = np.zeros(R)
-    hot = np.zeros(R, np.bool_)
+    num_ranks, slots_per_rank = layer.slot_RK.shape
+    num_experts, num_windows = layer.load_EW.shape
+    state = State(
+        np.zeros(num_experts, np.int64),
+        np.zeros((num_experts, num_ranks), np.int64),
+        np.zeros((num_experts, num_ranks), np.int64),
+        np.zeros((num_ranks, num_windows)),
+        np.zeros(num_windows),
+        np.zeros(num_ranks),
+    )
+    move = Move(
+        np.zeros(2, np.int64),
+        np.zeros(2, np.int64),
+        np.zeros((2, num_ranks + 1), np.int64),
+        np.zeros((2, num_ranks + 1)),
+        np.zeros(num_ranks, np.int64),
+        np.zeros((2, num_ranks)),
+        np.zeros(num_ranks),
+        np.zeros(num_ranks, np.bool_),
+    )
+    derive(layer, state)
+    first_ER = np.zeros((num_experts, num_ranks), np.int64)
+    for e in range(num_experts):
+        for r in range(num_ranks):
+            first_ER[e, r] = state.place_ER[e, r] >= 0
+    num_slots = num_ranks * slots_per_rank
+    size = min(num_hot, num_ranks) * slots_per_rank * num_slots + num_slots * num_experts
+    found = _Candidates(np.zeros(size), np.zeros((size, 4), np.int64))
+    num_nodes = num_ranks // layer.ranks_per_node if layer.rule == NEAREST else 1
+    gains = _ReplicaGains(
+        np.zeros((num_ranks, slots_per_rank)),
+        np.zeros((num_experts, num_nodes)),
+        np.zeros((num_experts, num_nodes)),
+    )
+    pull_RE = np.zeros((num_ranks, num_experts))
+    buffer_W = np.zeros(num_windows)
+    hot_R = np.zeros(num_ranks, np.bool_)
+    best_MRK = np.zeros((max_moves + 1, num_ranks, slots_per_rank), np.int64)
+    share_MRK = np.zeros((max_moves + 1, num_ranks, slots_per_rank))
+    objective_M = np.full(max_moves + 1, inf)
     moved = 0
     for _ in range(4 * max_moves + 16):
-        # Loads anew: rounding does not add up, and it costs less than one candidate in a hundred.
-        for r in range(R):
-            for w in range(W):
-                load[r, w] = 0.0
-            for k in range(K):
-                e = slots[r, k]
-                if e >= 0:
-                    for w in range(W):
-                        load[r, w] += load_EW[e, w] / count[e]
-            cost[r] = 0.0
-            hot[r] = False
-        true = 0.0
-        for w in range(W):
-            total, largest = 0.0, 0.0
-            for r in range(R):
-                largest = max(largest, load[r, w])
-                total += load[r, w] ** power
-            true += weight_W[w] * largest
-            slope[w] = weight_W[w] / power * total ** (1.0 / power - 1.0) if total > 0 else 0.0
-        for r in range(R):
-            for w in range(W):
-                cost[r] += slope[w] * load[r, w] ** power
-        if true < objective[moved]:
-            objective[moved] = true
-            for r in range(R):
-                for k in range(K):
-                    best[moved, r, k] = slots[r, k]
-        for _h in range(min(num_hot, R)):
-            top = -1
-            for r in range(R):
-                if not hot[r] and (top < 0 or cost[r] > cost[top]):
-                    top = r
-            hot[top] = True
-        # Swaps (kind 0: b, j is a slot) and replacements (kind 1: j is an expert).
-        best_worth, kind, ba, bi, bb, bj = 0.0, -1, 0, 0, 0, 0
-        least = 1e-9 * cost.sum()
-        for a in range(R):
-            for i in range(K):
-                e = slots[a, i]
-                if e < 0:
-                    continue
-                out = 0 if first[a, e] else 1
-                if hot[a]:
-                    for b in range(R):
-                        if b == a or (hot[b] and b < a):
-                            continue
-                        if held[b, e]:
-                            continue
-                        for j in range(K):
-                            f = slots[b, j]
-                            if f < 0 or held[a, f]:
-                                continue
-                            price = (0 if first[b, e] else 1) + (0 if first[a, f] else 1)
-                            price -= out + (0 if first[b, f] else 1)
-                            if moved + price > max_moves:
-                                continue
-                            gain = cost[a] + cost[b]
-                            for w in range(W):
-                                change = load_EW[f, w] / count[f] - load_EW[e, w] / count[e]
-                                x = max(load[a, w] + change, 0.0)
-                                y = max(load[b, w] - change, 0.0)
-                                for _d in range(doublings):
-                                    x *= x
-                                    y *= y
-                                gain -= slope[w] * (x + y)
-                            worth = gain / price if price > 0 else gain * 1e6
-                            if gain > least and worth > best_worth:
-                                best_worth, kind, ba, bi, bb, bj = worth, 0, a, i, b, j
-                if count[e] < 2:
-                    continue
-                for f in range(E):
-                    if held[a, f] or count[f] == 0:
-                        continue
-                    price = (0 if first[a, f] else 1) - out
-                    if moved + price > max_moves:
-                        continue
-                    relieves = hot[a]
-                    if not relieves:
-                        for r in range(R):
-                            if hot[r] and held[r, f]:
-                                relieves = True
-                    if not relieves:
-                        continue
-                    more_e = 1.0 / (count[e] - 1) - 1.0 / count[e]
-                    less_f = 1.0 / (count[f] + 1) - 1.0 / count[f]
-                    gain = 0.0
-                    for r in range(R):
-                        of_e, of_f = 0.0, 0.0
-                        if r == a:
-                            of_e, of_f = -1.0 / count[e], 1.0 / (count[f] + 1)
-                        else:
-                            if held[r, e]:
-                                of_e = more_e
-                            if held[r, f]:
-                                of_f = less_f
-                        if of_e == 0.0 and of_f == 0.0:
-                            continue
-                        gain += cost[r]
-                        for w in range(W):
-                            x = max(load[r, w] + of_e * load_EW[e, w] + of_f * load_EW[f, w], 0.0)
-                            for _d in range(doublings):
-                                x *= x
-                            gain -= slope[w] * x
-                    worth = gain / price if price > 0 else gain * 1e6
-                    if gain > least and worth > best_worth:
-                        best_worth, kind, ba, bi, bb, bj = worth, 1, a, i, 0, f
-        if kind < 0:
+        # Loads anew: rounding does not add up.
+        sum_loads(layer, state)
+        set_costs(layer, state, doublings)
+        if layer.rule == WEIGHTED:
+            _settle(move, layer, state, doublings)
+            sum_loads(layer, state)
+            set_costs(layer, state, doublings)
+        value = objective(layer, state)
+        if value < objective_M[moved]:
+            objective_M[moved] = value
+            best_MRK[moved] = layer.slot_RK
+            share_MRK[moved] = layer.share_RK
+        _set_pulls(layer, state, pull_RE, buffer_W, doublings)
+        _mark_hot(hot_R, state.cost_R, num_hot)
+        room = max_moves - moved
+        count = _find_swaps(found, 0, layer, state, move, pull_RE, hot_R, first_ER, room, doublings)
+        count = _find_replicas(
+            found, count, gains, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
+        )
+        best = _best(found, count, move, layer, state, first_ER, doublings)
+        if best < 0:
             break
-        e = slots[ba, bi]
-        f = slots[bb, bj] if kind == 0 else bj
-        moved += (0 if first[ba, f] else 1) - (0 if first[ba, e] else 1)
-        slots[ba, bi] = f
-        held[ba, e], held[ba, f] = False, True
-        if kind == 0:
-            moved += (0 if first[bb, e] else 1) - (0 if first[bb, f] else 1)
-            slots[bb, bj] = e
-            held[bb, f], held[bb, e] = False, True
+        candidate = (
+            found.move_C4[best, 0],
+            found.move_C4[best, 1],
+            found.move_C4[best, 2],
+            found.move_C4[best, 3],
+        )
+        moved += _price_of(candidate, layer, first_ER)
+        _propose(candidate, move, layer, state)
+        _, touched = price(move, layer, state, doublings)
+        a, i, b, j = candidate
+        if b < 0:
+            apply(move, touched, layer, state, a, i, -1, -1)
         else:
-            count[e] -= 1
-            count[f] += 1
+            apply(move, touched, layer, state, a, i, b, j)
     for m in range(1, max_moves + 1):
-        if not objective[m] < objective[m - 1]:
-            objective[m] = objective[m - 1]
-            for r in range(R):
-                for k in range(K):
-                    best[m, r, k] = best[m - 1, r, k]
-    return best, objective
+        if not objective_M[m] < objective_M[m - 1]:
+            objective_M[m] = objective_M[m - 1]
+            best_MRK[m] = best_MRK[m - 1]
+            share_MRK[m] = share_MRK[m - 1]
+    return best_MRK, share_MRK, objective_M

@@ -57,6 +57,8 @@ class Effort:
         Let the search fit windows that may come, besides those recorded.
     start : Placement, optional
         A placement to improve on, in place of greedy ones.
+    max_moves, max_moves_per_layer : int, optional
+        Of the search from a start: experts that ranks may fetch, over all layers and in each.
     """
 
     seed: int = 0
@@ -64,6 +66,8 @@ class Effort:
     sweeps: int | None = None
     extend: bool = True
     start: Placement | None = None
+    max_moves: int | None = None
+    max_moves_per_layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,6 +308,8 @@ def _search(problem: Problem, effort: Effort) -> Answer:
     # Numba takes a second to import, and not every command searches.
     from eplb.placement.search import DEFAULT_SWEEPS, search  # noqa: PLC0415
 
+    if effort.max_moves is not None:
+        return _few_moves(problem, effort)
     deadline = time.perf_counter() + (effort.time_limit_s or 0.0)
     # The moves keep replicas on distinct ranks, so the starts have to, also where they need not.
     problem = replace(problem, distinct_ranks=True)
@@ -333,6 +339,22 @@ def _search(problem: Problem, effort: Effort) -> Answer:
         weight_WL=found.weight_WL,
         notes=found.notes,
     )
+
+
+def _few_moves(problem: Problem, effort: Effort) -> Answer:
+    """Search from the start under a limit on moves (:mod:`eplb.placement.replan`)."""
+    from eplb.placement.replan import replan  # noqa: PLC0415
+
+    if effort.start is None or effort.max_moves is None:
+        raise InvalidInput("a limit on moves needs a placement to move from; give --previous")
+    found = replan(
+        problem,
+        effort.start,
+        max_moves=effort.max_moves,
+        max_moves_per_layer=effort.max_moves_per_layer,
+        seed=effort.seed,
+    )
+    return Answer(placement=found.placement, notes={"moved_experts": found.num_moves})
 
 
 def _start(problem: Problem, start: Placement) -> Placement:

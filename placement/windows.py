@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from eplb.arrays import FloatArray, IntArray
 from eplb.load_profile import LoadProfile
+from eplb.placement.factors import factor_loads, factorize
 
 __all__ = ["FitWindows", "fit_windows", "scaled_windows", "window_weights"]
 
@@ -35,12 +36,9 @@ MIN_STEPS = 24
 ADDED_WEIGHT = 0.5
 EXTRAPOLATION, MAX_PAIRS = 0.3, 30
 NUM_FACTORS, NUM_FACTORIZATIONS, NUM_MIXES = 12, 4, 120
-# Steps of the factorization, and of fitting all layers' loads to it. Kinds that come out only after
-# hundreds of steps are the rare ones, and these are what unseen windows are made of.
-FACTOR_STEPS, LOAD_STEPS = 250, 5
-# Updates to this power converge below 2, faster than plain ones (Salakhutdinov and Roweis, Adaptive
-# overrelaxed bound optimization methods, ICML 2003).
-RELAXATION = 1.8
+# Updates of the factors. Kinds that come out only after hundreds of them are the rare ones, and
+# these are what unseen windows are made of.
+FACTOR_STEPS = 250
 # Concentrations of the Dirichlet distributions that mixes are drawn from: a few kinds at a time,
 # and nearly one.
 CONCENTRATIONS = (0.3, 0.1)
@@ -203,15 +201,16 @@ def _mixes(load_WLE: FloatArray, num_ranks: int, random: Generator, deadline: fl
     mixes = []
     for number in range(NUM_FACTORIZATIONS):
         first = None if number == 0 else int(random.integers(num_windows))
-        part_WF = _factorize(
+        part_WF = factorize(
             load_WLE[:, shown].reshape(num_windows, -1),
             min(NUM_FACTORS, num_windows // 2),
             first=first,
+            steps=FACTOR_STEPS,
             deadline=_share_of(deadline, NUM_FACTORIZATIONS - number),
         )
         # Windows that are alike have fewer.
         num_factors = part_WF.shape[1]
-        factor_FX = _factor_loads(flat_WX, part_WF)
+        factor_FX = factor_loads(flat_WX, part_WF)
         factor_FLE = _scaled(factor_FX.reshape(num_factors, num_layers, num_experts), num_ranks)
         concentration = CONCENTRATIONS[number % len(CONCENTRATIONS)]
         share_MF = random.dirichlet(
@@ -225,56 +224,3 @@ def _share_of(deadline: float, number: int) -> float:
     """Return when an equal part of the time until a deadline is over."""
     now = time.perf_counter()
     return now + (deadline - now) / number
-
-
-def _factorize(
-    load_WX: FloatArray, num_factors: int, *, first: int | None, deadline: float
-) -> FloatArray:
-    """Return the part that each factor has in each window, [W, F], up to scale.
-
-    Minimises the Kullback-Leibler divergence, that is, takes counts for Poisson, by the updates of
-    Lee and Seung (NIPS 13, 2000), from windows that are least like each other (successive
-    projection: Araujo et al., Chemom. Intell. Lab. Syst. 57, 2001), starting from ``first``.
-    """
-    mean_X = load_WX.mean(axis=0)
-    used_X = mean_X > 0
-    load_WX, mean_X = load_WX[:, used_X], mean_X[used_X]
-    rest_WX = (load_WX - mean_X) / np.sqrt(mean_X)
-    chosen: list[int] = []
-    for _ in range(num_factors):
-        norm_W = np.square(rest_WX).sum(axis=1)
-        window = first if not chosen and first is not None else int(norm_W.argmax())
-        chosen.append(window)
-        if norm_W[window] <= 0:
-            break
-        direction_X = rest_WX[window] / np.sqrt(norm_W[window])
-        rest_WX = rest_WX - np.outer(rest_WX @ direction_X, direction_X)
-    factor_FX = np.maximum(load_WX[chosen], 1e-6 * mean_X)
-    part_WF = np.full((len(load_WX), len(chosen)), 1.0 / len(chosen), load_WX.dtype)
-    for _ in range(FACTOR_STEPS):
-        if time.perf_counter() > deadline:
-            break
-        change_WF = _quotient(load_WX, part_WF, factor_FX) @ factor_FX.T / factor_FX.sum(axis=1)
-        part_WF *= change_WF**RELAXATION
-        factor_FX *= _change(load_WX, part_WF, factor_FX) ** RELAXATION
-    return part_WF
-
-
-def _factor_loads(load_WX: FloatArray, part_WF: FloatArray) -> FloatArray:
-    """Return the loads of factors whose parts are known, [F, X]."""
-    least_X = 0.05 * load_WX.mean(axis=0)
-    factor_FX: FloatArray = np.maximum(np.linalg.pinv(part_WF) @ load_WX, least_X)
-    for _ in range(LOAD_STEPS):
-        factor_FX *= _change(load_WX, part_WF, factor_FX)
-    return factor_FX
-
-
-def _quotient(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -> FloatArray:
-    quotient: FloatArray = np.maximum(part_WF @ factor_FX, 1e-12)
-    return np.divide(load_WX, quotient, out=quotient)
-
-
-def _change(load_WX: FloatArray, part_WF: FloatArray, factor_FX: FloatArray) -> FloatArray:
-    total_F1 = np.maximum(part_WF.sum(axis=0), 1e-12)[:, np.newaxis]
-    change_FX: FloatArray = part_WF.T @ _quotient(load_WX, part_WF, factor_FX) / total_F1
-    return change_FX

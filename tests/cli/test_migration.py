@@ -1,6 +1,9 @@
 """diff, replan and replay on the command line."""
 
 import json
+from pathlib import Path
+
+from eplb.plan_file import read_plan
 
 
 def planned(run, loads, small, name, output):
@@ -39,6 +42,72 @@ def test_replan_keeps_the_limit(run, loads, small):
     diff = json.loads(run("diff", "a.yaml", "b.yaml", "--json").out)
     assert diff["moved_experts"] == report["moved_experts"]
     assert run("replan", "a.yaml", loads / "night.npz", "--max-moves", "x%").code == 2
+
+
+def test_replan_weighs_moves_against_their_transfer(run, loads, small):
+    planned(run, loads, small, "day", "a.yaml")
+    words = ("replan", "a.yaml", loads / "night.npz", "--max-moves", "50%", "--topology", "h800")
+    charge = ("--step-ms", 10, "--expert-bytes", 10**6)
+    worth = json.loads(run(*words, *charge, "--horizon", 10000, "--json").out)
+    assert worth["decision"] == "move"
+    assert worth["gain_seconds"] > worth["transfer_seconds"] > 0
+    assert worth["forecast_after"] < worth["forecast_before"]
+    kept = json.loads(run(*words, "--step-ms", 1e-6, "--expert-bytes", 10**9, "--horizon", 1,
+                          "--json").out)  # fmt: skip
+    assert (kept["decision"], kept["moved_experts"]) == ("keep", 0)
+    assert "gain" in kept["reason"]
+    text = run(*words, "--step-ms", 1e-6, "--expert-bytes", 10**9, "--horizon", 1).out
+    assert "Keep the plan, because" in text
+    assert "replan: " in run(*words, *charge, "--horizon", 10000).out
+    for wrong, word in (
+        ((*words, "--step-ms", 1), "--horizon"),
+        ((*words, "--step-ms", 1, "--horizon", 9), "--expert-bytes"),
+        ((*words[:-2], *charge, "--horizon", 9), "--topology"),
+    ):
+        refused = run(*wrong)
+        assert refused.code == 2
+        assert word in refused.err
+
+
+def test_a_plan_that_was_replanned_says_so(run, loads, small):
+    planned(run, loads, small, "day", "a.yaml")
+    assert run("replan", "a.yaml", loads / "night.npz", "--max-moves", 3, "-o", "b.yaml").code == 0
+    before, after = (read_plan(name) for name in ("a.yaml", "b.yaml"))
+    assert after.provenance["solver"] == "replan"
+    assert after.provenance["previous"] == before.digest()
+    assert after.quality is not None
+    balance = json.loads(run("evaluate", "b.yaml", loads / "night.npz", "--json").out)
+    assert after.quality.imbalance_mean == balance["imbalance_mean"]
+
+
+def test_plan_from_a_previous_one_keeps_the_limit(run, loads, small):
+    planned(run, loads, small, "day", "a.yaml")
+    words = ("plan", loads / "night.npz", *small, "--solver", "search", "-o", "b.yaml")
+    assert run(*words, "--previous", "a.yaml", "--max-moves", 3).code == 0
+    diff = json.loads(run("diff", "a.yaml", "b.yaml", "--json").out)
+    assert 0 < diff["moved_experts"] <= 3
+    for wrong in (("--max-moves", 3), ("--previous", "a.yaml", "--max-moves", "x"),
+                  ("--previous", "a.yaml", "--max-moves", 3, "--sweeps", 5)):  # fmt: skip
+        assert run(*words, *wrong).code == 2
+
+
+def test_replay_charges_moves_and_draws(run, loads, small):
+    words = ("replay", loads / "day.npz", "--every", 2, *small, "--policy", "resolve")
+    charge = ("--topology", "h800", "--step-ms", 1, "--expert-bytes", 10**6)
+    report = json.loads(run(*words, *charge, "--plot", "a.svg", "--json").out)
+    assert report["transfer_seconds"] > 0
+    assert report["imbalance_charged"] > report["imbalance_mean"]
+    assert report["moved_bytes"] == 10**6 * report["moved_experts"]
+    assert Path("a.svg").read_bytes().startswith(b"<?xml")
+    assert run(*words, *charge).code == 0
+    for wrong, word in (
+        (("--plot", "a.bmp"), "png"),
+        (("--plans", loads / "day.npz"), "--plans"),
+        (("--step-ms", 1), "--expert-bytes"),
+    ):
+        refused = run(*words, *wrong)
+        assert refused.code == 2
+        assert word in refused.err
 
 
 def test_replay_writes_the_plans_in_force(run, loads, small):
