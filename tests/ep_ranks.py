@@ -286,3 +286,11 @@ def faults(process, num_processes, folder):
         check_batch(layer, experts, x, topk, weight)
     (Path(folder) / f"waited{process}").write_text(str(time.monotonic() - began))
     os._exit(0)
+
+
+def refuse(group: EPGroup, _: object) -> dict[str, int]:
+    """Raise on one of two processes, while the other one waits."""
+    if group.process == 1:
+        raise InvalidInput("process 1 says no")
+    group.barrier()
+    return {}

@@ -11,6 +11,8 @@ import yaml
 
 pytest.importorskip("torch")
 
+from ep_ranks import refuse
+
 from eplb.cli.main import cli
 from eplb.errors import InvalidInput, ServingFailed
 from eplb.runtime import selftest
@@ -49,13 +51,6 @@ def test_processes_are_the_largest_divisor_there_is():
 def test_an_error_of_a_process_is_ours():
     with pytest.raises(InvalidInput, match="process 1 says no"):
         run_on_ranks(refuse, None, num_ranks=2, backend="gloo", timeout_s=20.0)
-
-
-def refuse(group, _):
-    if group.process == 1:
-        raise InvalidInput("process 1 says no")
-    group.barrier()
-    return {}
 
 
 def test_wrong_outputs_and_lost_pairs_are_failures(monkeypatch):

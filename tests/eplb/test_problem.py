@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eplb.errors import EplbError, InfeasibleProblem, InvalidInput
+from eplb.errors import InfeasibleProblem, InvalidInput
 from eplb.load_profile import LoadProfile
 from eplb.model import MoEModel
 from eplb.problem import Problem
@@ -41,15 +41,3 @@ def test_refused(error, message, change):
 
 def test_shared_ranks_lift_the_limit_on_replicas():
     assert problem(slots=9, distinct_ranks=False).topology.num_slots == 36
-
-
-def test_exit_codes_tell_errors_apart():
-    codes = {kind.__name__: kind.exit_code for kind in EplbError.__subclasses__()}
-    assert codes == {
-        "InvalidInput": 2,
-        "InfeasibleProblem": 3,
-        "SolverUnavailable": 4,
-        "SolverFailed": 5,
-        "PlacementInvalid": 6,
-        "MigrationFailed": 7,
-    }
