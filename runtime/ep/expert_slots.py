@@ -177,11 +177,11 @@ class ExpertSlots:
     def checksums(rows: torch.Tensor) -> torch.Tensor:
         """Return the sum of each row, int64, on the device of ``rows``; waits for nothing.
 
-        The sum of the row's 32-bit words and, shifted, that of its words at odd places: exchanged
-        neighbours are seen, and the order of addition does not matter.
+        The sum of the row's 64-bit words and, shifted, that of its words at odd places, both modulo
+        2**64: exchanged neighbours are seen, and the order of addition does not matter.
         """
-        words = rows.view(torch.int32)
-        return words.sum(1, dtype=torch.int64) + (words[:, 1::2].sum(1, dtype=torch.int64) << 8)
+        words = rows.view(torch.int64)
+        return words.sum(1) + (words[:, 1::2].sum(1) << 8)
 
     def _view(self, name: str) -> torch.Tensor:
         tensor = self.layout.fields[name]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -24,6 +24,8 @@ __all__ = ["EPGroup"]
 
 # How long who has run into a timeout waits for the others to say that they have, too.
 ROLL_CALL_S = 2.0
+# How long the alarm may find out whether a failed collective is due to a peer's death.
+ALARM_S = 3.0
 
 
 class EPGroup:
@@ -50,6 +52,9 @@ class EPGroup:
     ----------
     control : ProcessGroup
         The same processes over gloo, for words on the host.
+    alarm : callable or None
+        Called while this process waits for others, with 0.0, and where a collective has failed,
+        with how many seconds it may look into it; raises where peers are known to be dead.
 
     Raises
     ------
@@ -76,6 +81,7 @@ class EPGroup:
         self.ranks_per_node = self.num_ranks if ranks_per_node is None else ranks_per_node
         self.device = torch.device(device)
         self.timeout_s = timeout_s
+        self.alarm: Callable[[float], None] | None = None
         _check_division(self.num_ranks, self.num_processes, self.ranks_per_node)
         self.num_nodes = self.num_ranks // self.ranks_per_node
         self.ranks_per_process = self.num_ranks // self.num_processes
@@ -201,12 +207,24 @@ class EPGroup:
         while not event.query():  # type: ignore[no-untyped-call]
             if time.monotonic() > deadline:
                 raise self.failure(what, self.timeout_s)
+            if self.alarm is not None:
+                self.alarm(0.0)
+        if self.alarm is not None:
+            # Groups that were aborted end their collectives, with nothing in them.
+            self.alarm(0.0)
 
     def failure(self, what: str, waited_s: float) -> ServingFailed:
         """Return the error of a collective that failed, with the processes that are missing.
 
         Each process that finds a failure says so in the store; who does not is stalled or gone.
+
+        Raises
+        ------
+        ServingFailed
+            The alarm knows better.
         """
+        if self.alarm is not None:
+            self.alarm(ALARM_S)
         missing = self._roll_call()
         who = (
             f"no word from process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))}"

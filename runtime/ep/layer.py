@@ -66,6 +66,8 @@ class EPMoELayer(nn.Module):
         The minimum of all processes' words in the last forward.
     before_step : callable or None
         Called at the start of every forward, before anything is routed.
+    after_dispatch : callable or None
+        Called whenever the stream has been given a dispatch, ahead of the experts' computation.
     step : int
         Number of forwards so far.
     received_rows, received_pairs : list of int
@@ -109,8 +111,21 @@ class EPMoELayer(nn.Module):
         self.micro_batches, self.recorder = micro_batches, recorder
         self.word = self.word_min = 0
         self.before_step: Callable[[], None] | None = None
+        self.after_dispatch: Callable[[], None] | None = None
         self.step = 0
         self.received_rows = self.received_pairs = [0] * group.ranks_per_process
+        self._by_node = by_node
+        self._first_slot = group.first_rank * tables.slots_per_rank
+        self._hops = _hops(group, tables.slots_per_rank, by_node=by_node)
+
+    def join(self, group: EPGroup, tables: PlacementTables) -> None:
+        """Go on in another group, with the same slots. Exchanges are by node where it has such.
+
+        Tables come to lie elsewhere, so graphs that were captured are void.
+        """
+        by_node = self._by_node and group.node_group is not None
+        self.group, self.tables = group, tables.clone()
+        self.word = self.word_min = 0
         self._first_slot = group.first_rank * tables.slots_per_rank
         self._hops = _hops(group, tables.slots_per_rank, by_node=by_node)
 
@@ -215,6 +230,8 @@ class EPMoELayer(nn.Module):
                 rest, received.bytes_NB, received.slot_NK, received.weight_NK, words, None
             )
         else:
+            if self.after_dispatch is not None:
+                self.after_dispatch()
             sums_NH = self._compute(received)
         crossing.post_back(sums_NH)
         yield

@@ -1,0 +1,396 @@
+"""Who of a group is still there: heartbeats beside serving, and agreement on who is not.
+
+Collectives do not tell: with NCCL they wait for a dead peer without end, and survivors of gloo each
+see another failure. So each process sends datagrams from a thread of its own. In quiet times they
+go to the processes 1, 2, 4, 8, ... places on, and each watches those the same distances back; as
+soon as one is missed, all send to all, their suspicions included, until all survivors suspect the
+same. With the suspicion each process freezes which placement is in force, and says which one it can
+still go back to; so that survivors of which some had switched and others not go on from one.
+
+Then NCCL's groups are aborted, so that nothing waits any longer, and whatever serving does next
+raises :class:`RanksLost`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import Store
+
+from eplb.errors import ServingFailed
+from eplb.runtime.ep.group import EPGroup
+
+__all__ = ["Liveness", "Loss", "RanksLost", "View", "agreed_digest", "agreed_loss", "watched_by"]
+
+# A view names suspects and two digests; far below what a datagram takes.
+_MOST_BYTES = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a process says of the group.
+
+    Parameters
+    ----------
+    suspects : frozenset of int
+        Processes it holds for dead, from its own watch or on others' word.
+    in_force : str
+        Digest of the placement it serves.
+    fallback : str or None
+        Digest of the one before, as long as it can go back to that.
+    """
+
+    suspects: frozenset[int]
+    in_force: str
+    fallback: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What all survivors know.
+
+    Parameters
+    ----------
+    dead, survivors : tuple of int
+        Processes.
+    digest : str
+        Of the placement that all survivors can have in force.
+    seconds : float
+        From the last sign of life of the first that was missed, on this process.
+    """
+
+    dead: tuple[int, ...]
+    survivors: tuple[int, ...]
+    digest: str
+    seconds: float
+
+
+class RanksLost(ServingFailed):
+    """Processes died; all survivors raise this, with the same loss.
+
+    Attributes
+    ----------
+    loss : Loss
+    """
+
+    def __init__(self, message: str, loss: Loss) -> None:
+        super().__init__(message)
+        self.loss = loss
+
+
+def watched_by(process: int, num_processes: int) -> list[int]:
+    """Return which processes one watches: those 1, 2, 4, 8, ... places before it.
+
+    So the loss of neighbours, as of a whole node, is seen from beyond it.
+    """
+    distances = (1 << i for i in range(num_processes.bit_length()))
+    return sorted({(process - d) % num_processes for d in distances if d < num_processes})
+
+
+def agreed_loss(process: int, views: Mapping[int, View], num_processes: int) -> frozenset[int]:
+    """Return who is dead by the word of all others; nobody as long as they do not agree."""
+    suspects = views[process].suspects
+    survivors = set(range(num_processes)) - suspects
+    if not suspects or process in suspects:
+        return frozenset()
+    if all(p in views and views[p].suspects == suspects for p in survivors):
+        return suspects
+    return frozenset()
+
+
+def agreed_digest(views: Iterable[View]) -> str:
+    """Return the placement that all can have in force.
+
+    Two processes are at most one switch apart: a switch happens when all have announced the one
+    before. Who is ahead can go back as long as not all are known to have followed.
+
+    Raises
+    ------
+    ServingFailed
+        There is none.
+    """
+    views = list(views)
+    possible = set.intersection(*({v.in_force, v.fallback} - {None} for v in views))
+    common = {v.in_force for v in views} & possible
+    if not common:
+        raise ServingFailed(
+            "survivors have no placement in common; restart all from the checkpoint"
+        )
+    return min(common)
+
+
+class Liveness:
+    """Sends and hears heartbeats on a thread of its own. Making it is collective.
+
+    Parameters
+    ----------
+    group : EPGroup
+        Its waits raise :class:`RanksLost` from now on.
+    timeout_s : float
+        Silence after which a process is held for dead. Longer than any time for which Python code
+        of a process may not run at all.
+    interval_s : float
+        Between heartbeats.
+    host : str
+        Address under which other processes reach this one.
+
+    Attributes
+    ----------
+    loss : Loss or None
+        Once all survivors agree.
+    """
+
+    def __init__(
+        self,
+        group: EPGroup,
+        *,
+        timeout_s: float = 2.0,
+        interval_s: float = 0.1,
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.group, self.timeout_s, self.interval_s = group, timeout_s, interval_s
+        self.loss: Loss | None = None
+        self._host = host
+        self._lock = threading.Lock()
+        self._views = {group.process: View(frozenset(), "", None)}
+        self._stores: dict[int, str] = {}
+        self._store: Store | None = None
+        self._expelled = False
+        self._alarm_s: float | None = None
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.bind((host, 0))
+        self._socket.settimeout(interval_s)
+        # Whoever is started in place of a process does not know this, and is not heard.
+        token = secrets.token_hex(8)
+        port = self._socket.getsockname()[1]
+        told = [text.split() for text in group.gather_text(f"{host} {port} {token}")]
+        self._token = told[0][2]
+        self._addresses = [(host, int(port)) for host, port, _ in told]
+        watched = watched_by(group.process, group.num_processes)
+        self._watched = [p for p in watched if p != group.process]
+        self._heard_s = dict.fromkeys(range(group.num_processes), time.monotonic())
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="eplb-liveness", daemon=True)
+        self._thread.start()
+        group.alarm = self.check
+
+    def report(self, in_force: str, fallback: str | None) -> None:
+        """Say which placement this process serves from now on.
+
+        Raises
+        ------
+        RanksLost
+            Processes are gone, and what is in force must not change any more.
+        """
+        with self._lock:
+            view = self._views[self.group.process]
+            if not view.suspects:
+                self._views[self.group.process] = View(view.suspects, in_force, fallback)
+                return
+        self.check(self._patience_s)
+
+    def check(self, wait_s: float = 0.0) -> None:
+        """Raise where processes are lost; with ``wait_s``, see for so long whether they are.
+
+        Raises
+        ------
+        RanksLost
+            All survivors agree on who is gone.
+        ServingFailed
+            The others hold this process for dead.
+        """
+        deadline = time.monotonic() + wait_s
+        while self.loss is None and not self._expelled:
+            # While somebody is suspected the survivors are about to agree.
+            suspected = self._views[self.group.process].suspects and wait_s
+            patience_s = self._patience_s if suspected else 0.0
+            if time.monotonic() > deadline + patience_s:
+                return
+            time.sleep(0.01)
+        if self._expelled:
+            raise ServingFailed(
+                f"the other processes hold process {self.group.process} for dead: it was silent "
+                f"for more than {self.timeout_s:g} s; restart it, or give a longer timeout_s"
+            )
+        loss = self.loss
+        assert loss is not None
+        per_process = self.group.ranks_per_process
+        ranks = [p * per_process + i for p in loss.dead for i in range(per_process)]
+        raise RanksLost(
+            f"process{'es' * (len(loss.dead) > 1)} {', '.join(map(str, loss.dead))} (rank"
+            f"{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}) died; the other "
+            f"{len(loss.survivors)} agree on that and on the placement {loss.digest}: go on with "
+            "recover(), or restart from a repaired plan",
+            loss,
+        )
+
+    def meeting_store(self, timeout_s: float = 30.0) -> Store:
+        """Return a store that the survivors share, served by the first of them.
+
+        Raises
+        ------
+        ServingFailed
+            The first survivor did not open one in time.
+        """
+        assert self.loss is not None, "nothing is lost"
+        first = self.loss.survivors[0]
+        wait = timedelta(seconds=timeout_s)
+        if self.group.process == first:
+            self._store = TCPStore(
+                self._host, 0, is_master=True, wait_for_workers=False, timeout=wait
+            )
+            with self._lock:
+                self._stores[first] = f"{self._host} {self._store.port}"
+            return self._store
+        deadline = time.monotonic() + timeout_s
+        while first not in self._stores:
+            if time.monotonic() > deadline:
+                raise ServingFailed(
+                    f"process {first} did not open a store within {timeout_s:g} s; restart the "
+                    "survivors from the repaired plan"
+                )
+            time.sleep(0.02)
+        host, port = self._stores[first].split()
+        return TCPStore(host, int(port), is_master=False, timeout=wait)
+
+    def close(self) -> None:
+        """Stop. The others take this process for dead unless they stop as well."""
+        self._ending.set()
+        self._thread.join()
+        self._socket.close()
+
+    @property
+    def _patience_s(self) -> float:
+        """How long survivors may take to agree once one of them suspects."""
+        return 2 * self.timeout_s + 10 * self.interval_s
+
+    def _run(self) -> None:
+        next_s = time.monotonic()
+        while not self._ending.is_set():
+            self._hear()
+            # Only what is still unread now was not said in time.
+            self._watch(time.monotonic())
+            self._conclude()
+            if time.monotonic() >= next_s:
+                self._tell()
+                next_s = time.monotonic() + self.interval_s
+
+    def _hear(self) -> None:
+        """Take in all that has arrived, waiting for one interval if nothing has."""
+        self._socket.settimeout(self.interval_s / 2)
+        while True:
+            try:
+                message = json.loads(self._socket.recv(_MOST_BYTES))
+            except (TimeoutError, BlockingIOError):
+                return
+            except (OSError, ValueError):
+                continue
+            self._socket.settimeout(0.0)
+            if isinstance(message, dict) and message.get("token") == self._token:
+                self._take(message)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        process, own = message["process"], self.group.process
+        view = View(frozenset(message["suspects"]), message["in_force"], message["fallback"])
+        with self._lock:
+            if process in self._views[own].suspects:
+                return
+            self._heard_s[process] = time.monotonic()
+            self._views[process] = view
+            if message["store"]:
+                self._stores[process] = message["store"]
+            if own in view.suspects:
+                self._expelled = True
+            elif view.suspects and self.loss is None:
+                self._suspect(view.suspects)
+
+    def _watch(self, now_s: float) -> None:
+        if self.loss is not None:
+            return
+        with self._lock:
+            suspects = self._views[self.group.process].suspects
+            watched = self._watched
+            since_s = 0.0
+            if self._alarm_s is not None:
+                # Those whom others watched have been sending here only since the alarm.
+                watched = [p for p in range(self.group.num_processes) if p != self.group.process]
+                since_s = self._alarm_s
+            silent = {
+                p
+                for p in watched
+                if p not in suspects
+                and now_s
+                - (self._heard_s[p] if p in self._watched else max(self._heard_s[p], since_s))
+                > self.timeout_s
+            }
+            if silent:
+                self._suspect(silent)
+
+    def _suspect(self, processes: Iterable[int]) -> None:
+        """Hold processes for dead; what this process has in force is frozen from now on."""
+        own = self.group.process
+        view = self._views[own]
+        suspects = view.suspects | frozenset(processes)
+        if suspects != view.suspects:
+            self._views[own] = View(suspects, view.in_force, view.fallback)
+            if self._alarm_s is None:
+                self._alarm_s = time.monotonic()
+
+    def _conclude(self) -> None:
+        if self.loss is not None or self._alarm_s is None:
+            return
+        with self._lock:
+            group = self.group
+            dead = agreed_loss(group.process, self._views, group.num_processes)
+            if not dead:
+                return
+            survivors = tuple(p for p in range(group.num_processes) if p not in dead)
+            last_s = min(self._heard_s[p] for p in dead)
+            self.loss = Loss(
+                dead=tuple(sorted(dead)),
+                survivors=survivors,
+                digest=agreed_digest(self._views[p] for p in survivors),
+                seconds=time.monotonic() - last_s,
+            )
+        # Right away, so that the others conclude as well while this process is busy aborting.
+        self._tell()
+        abort_groups(self.group)
+
+    def _tell(self) -> None:
+        own = self.group.process
+        with self._lock:
+            view = self._views[own]
+            store = self._stores.get(own)
+        text = json.dumps(
+            {
+                "token": self._token, "process": own, "suspects": sorted(view.suspects),
+                "in_force": view.in_force, "fallback": view.fallback, "store": store,
+            }
+        ).encode()  # fmt: skip
+        everyone = range(self.group.num_processes)
+        watchers = [p for p in everyone if own in watched_by(p, self.group.num_processes)]
+        for process in everyone if self._alarm_s is not None else watchers:
+            if process != own:
+                # A peer that is gone may make the system say so; its silence says it as well.
+                with contextlib.suppress(OSError):
+                    self._socket.sendto(text, self._addresses[process])
+
+
+def abort_groups(group: EPGroup) -> None:
+    """End all collectives of NCCL under way; gloo's end by themselves when a peer is gone."""
+    abort: Callable[[], None]
+    for process_group in (group.process_group, group.node_group, group.rail_group):
+        if process_group is not None and dist.get_backend(process_group) == "nccl":
+            abort = process_group.abort
+            abort()

@@ -1,0 +1,213 @@
+"""What a swap does to the slots of each process: which rows arrive, from where, in which batch.
+
+All processes compute the same from the same two placements. A slot whose expert changes gets its
+new row from a slot of the old placement: of the same rank where that holds the expert, otherwise
+from the rank that :mod:`eplb.placement.schedule` chose.
+Shape letters: L layers, S slots of a layer, R ranks, K slots of a rank, M rows that arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from eplb.arrays import IntArray, frozen_array
+from eplb.errors import MigrationFailed
+from eplb.placement.migration import find_migration
+from eplb.placement.schedule import schedule_moves
+
+__all__ = ["CHECKPOINT", "Arrivals", "find_arrivals", "layer_batches", "swap_batches"]
+
+# Sources of rows that no slot holds: they are loaded from the checkpoint.
+CHECKPOINT = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Arrivals:
+    """One batch: rows that arrive at all processes, and the layers that change over with them.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        Rows of the placement.
+    layer_M, slot_M, expert_M : array of int64, shape [M]
+        Row of the layer, slot in the layer, and the logical expert that comes there.
+    source_M : array of int64, shape [M]
+        Slot of the layer, in the old placement, that holds the expert; -1 where none does.
+    round_M : array of int64, shape [M]
+        In which round it is sent; -1 for rows that stay on their rank.
+    row_M : array of int64, shape [M]
+        Spare row of the receiving process in which it waits.
+    """
+
+    layers: tuple[int, ...]
+    layer_M: IntArray
+    slot_M: IntArray
+    expert_M: IntArray
+    source_M: IntArray
+    round_M: IntArray
+    row_M: IntArray
+
+    def __post_init__(self) -> None:
+        for name in self.__dataclass_fields__:
+            if name.endswith("_M"):
+                object.__setattr__(self, name, frozen_array(getattr(self, name), np.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return len(self.slot_M)
+
+    def received_by(self, process: int, slots_per_process: int) -> IntArray:
+        """Return which of the rows a process receives, in order of rounds."""
+        return self._in_order(self.slot_M // slots_per_process == process)
+
+    def sent_by(self, process: int, slots_per_process: int) -> IntArray:
+        """Return which of the rows a process has, in order of rounds."""
+        has = (self.source_M >= 0) & (self.source_M // slots_per_process == process)
+        return self._in_order(has)
+
+    def _in_order(self, chosen: np.ndarray) -> IntArray:
+        index: IntArray = np.flatnonzero(chosen)
+        return index[np.argsort(self.round_M[index], kind="stable")]
+
+
+def swap_batches(
+    old_LS: IntArray,
+    new_LS: IntArray,
+    *,
+    slots_per_rank: int,
+    ranks_per_process: int,
+    ranks_per_node: int,
+    spare_rows: int,
+) -> list[Arrivals]:
+    """Return the batches of a swap, at least one; layers keep their order.
+
+    Parameters
+    ----------
+    old_LS, new_LS : array of int, shape [L, S]
+        Logical expert in each slot, -1 where there is none.
+    spare_rows : int
+        Rows that may wait on a process at a time.
+
+    Raises
+    ------
+    MigrationFailed
+        More slots of one layer and process change than there are spare rows.
+    """
+    slots_per_process = slots_per_rank * ranks_per_process
+    changed_LS = (new_LS != old_LS) & (new_LS >= 0)
+    batches = layer_batches(changed_LS, slots_per_process, spare_rows)
+    return [
+        find_arrivals(
+            old_LS, new_LS, layers,
+            slots_per_rank=slots_per_rank, slots_per_process=slots_per_process,
+            ranks_per_node=ranks_per_node,
+        )
+        for layers in batches
+    ]  # fmt: skip
+
+
+def layer_batches(
+    changed_LS: np.ndarray, slots_per_process: int, spare_rows: int
+) -> list[list[int]]:
+    """Return which layers change over together: as many, in their order, as spare rows allow.
+
+    Raises
+    ------
+    MigrationFailed
+        A layer alone needs more spare rows.
+    """
+    num_layers = len(changed_LS)
+    count_LP = changed_LS.reshape(num_layers, -1, slots_per_process).sum(axis=2)
+    most = int(count_LP.max(initial=0))
+    if most > spare_rows:
+        layer, process = np.argwhere(count_LP == most)[0]
+        raise MigrationFailed(
+            f"{most} slots of one layer (row {layer}) change on process {process}, and "
+            f"{spare_rows} rows can wait there; give spare_rows={most}, or move fewer experts"
+        )
+    batches: list[list[int]] = [[]]
+    waiting_P = np.zeros(count_LP.shape[1], np.int64)
+    for layer, count_P in enumerate(count_LP):
+        if (waiting_P + count_P).max() > spare_rows:
+            batches.append([])
+            waiting_P[:] = 0
+        batches[-1].append(layer)
+        waiting_P += count_P
+    return batches
+
+
+def find_arrivals(
+    old_LS: IntArray,
+    new_LS: IntArray,
+    layers: Sequence[int],
+    *,
+    slots_per_rank: int,
+    slots_per_process: int,
+    ranks_per_node: int,
+) -> Arrivals:
+    """Return the rows of one batch of layers with their sources, rounds and spare rows."""
+    old, new = old_LS[list(layers)], new_LS[list(layers)]
+    row_M, slot_M = np.nonzero((new != old) & (new >= 0))
+    expert_M = new[row_M, slot_M]
+    source_rank_M = slot_M // slots_per_rank
+    round_M = np.full(len(slot_M), -1)
+    is_lost_M = ~(old[row_M] == expert_M[:, np.newaxis]).any(axis=1)
+    sent = new.copy()
+    sent[row_M[is_lost_M], slot_M[is_lost_M]] = -1
+    migration = find_migration(_by_rank(old, slots_per_rank), _by_rank(sent, slots_per_rank))
+    if migration.num_moves:
+        schedule = schedule_moves(migration, ranks_per_node)
+        where = {
+            cell: i for i, cell in enumerate(zip(row_M.tolist(), slot_M.tolist(), strict=True))
+        }
+        cells = zip(
+            migration.layer_M.tolist(),
+            (migration.rank_M * slots_per_rank + migration.slot_M).tolist(),
+            strict=True,
+        )
+        index = np.array([where[cell] for cell in cells], np.int64)
+        source_rank_M[index] = schedule.source_M
+        round_M[index] = schedule.round_M
+    source_M = _slot_of(old, row_M, source_rank_M, expert_M, slots_per_rank)
+    source_M[is_lost_M] = CHECKPOINT
+    return Arrivals(
+        layers=tuple(layers),
+        layer_M=np.array(layers, np.int64)[row_M],
+        slot_M=slot_M,
+        expert_M=expert_M,
+        source_M=source_M,
+        round_M=round_M,
+        row_M=spare_rows_of(slot_M, slots_per_process),
+    )
+
+
+def spare_rows_of(slot_M: IntArray, slots_per_process: int) -> IntArray:
+    """Return numbers of the rows that arrive at each process, from 0 on."""
+    process_M = slot_M // slots_per_process
+    order_M = np.argsort(process_M, kind="stable")
+    first_M = np.searchsorted(process_M[order_M], process_M[order_M])
+    row_M = np.empty(len(slot_M), np.int64)
+    row_M[order_M] = np.arange(len(slot_M)) - first_M
+    return row_M
+
+
+def _by_rank(rows_LS: IntArray, slots_per_rank: int) -> IntArray:
+    return rows_LS.reshape(len(rows_LS), -1, slots_per_rank)
+
+
+def _slot_of(
+    old_LS: IntArray,
+    layer_M: IntArray,
+    rank_M: IntArray,
+    expert_M: IntArray,
+    slots_per_rank: int,
+) -> IntArray:
+    """Return the first slot of each of these ranks that holds the expert."""
+    held_MK = _by_rank(old_LS, slots_per_rank)[layer_M, rank_M]
+    place_M = (held_MK == expert_M[:, np.newaxis]).argmax(axis=1)
+    slots: IntArray = rank_M * slots_per_rank + place_M
+    return slots

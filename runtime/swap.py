@@ -1,0 +1,194 @@
+"""The transaction of a hot swap: what is announced, what is agreed, and what follows from it.
+
+Every process announces in one word how far it has come; the words travel with the counts of the
+layers' dispatch, and of each forward all processes learn the same minimum. What all have completed
+is acted upon, at the same step everywhere, without any vote on the host. An abort is a word below
+all others, so one process is enough to have all of them roll back, again at one step.
+
+A swap goes batch by batch, since spare rows are few. For each batch all processes
+
+1. *move* its rows into spare rows while the old placement serves;
+2. *check* what has arrived, when all have moved;
+3. *switch*: put rows and tables of the batch in force, when all have checked, and check again;
+4. free the displaced rows and go on with the next batch, when all have switched.
+
+This module is pure: no device, thread or clock. What it orders is done by
+:mod:`eplb.runtime.manager`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum, IntEnum
+
+__all__ = ["Abort", "AbortReason", "Action", "Stage", "Transaction", "abort_of"]
+
+# A word is epoch << 32 | progress, or -(epoch << 32 | process << 8 | reason) for an abort. An epoch
+# is what is between two ends of swaps; words of another epoch say nothing.
+_EPOCH_SHIFT = 32
+_PROGRESS_MASK = (1 << _EPOCH_SHIFT) - 1
+_PROCESS_SHIFT = 8
+_REASON_MASK = (1 << _PROCESS_SHIFT) - 1
+# Progress: 1 is "agreed to this plan", then three for each batch.
+_AGREED = 1
+_PER_BATCH = 3
+
+
+class AbortReason(IntEnum):
+    """Why a process rolls a swap back; small numbers that travel in a word."""
+
+    DEADLINE = 1
+    CHECKSUM = 2
+    MEMORY = 3
+    TRANSFER = 4
+    ASKED = 5
+    PLANS = 6
+
+    @property
+    def text(self) -> str:
+        """What is said of it in an error."""
+        return _REASON_TEXT[self]
+
+
+_REASON_TEXT = {
+    AbortReason.DEADLINE: "the deadline passed",
+    AbortReason.CHECKSUM: "weights arrived with a wrong checksum",
+    AbortReason.MEMORY: "memory ran out",
+    AbortReason.TRANSFER: "a transfer failed",
+    AbortReason.ASKED: "abort() was called",
+    AbortReason.PLANS: "processes do not hold the same plan",
+}
+
+
+class Stage(Enum):
+    """What a process is at."""
+
+    IDLE = "idle"
+    AGREEING = "agreeing"
+    MOVING = "moving"
+    CHECKING = "checking"
+    SWITCHED = "switched"
+
+
+class Action(Enum):
+    """What a process has to do now, as all do at this step."""
+
+    MOVE = "move the rows of the present batch"
+    CHECK = "check what has arrived"
+    SWITCH = "put the present batch in force"
+    FINISH = "all is in force"
+    ROLL_BACK = "put the old placement of the present batch back in force"
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Which process wanted the swap of an epoch rolled back, and why."""
+
+    epoch: int
+    process: int
+    reason: AbortReason
+
+
+def abort_of(word: int) -> Abort | None:
+    """Return the abort that a word stands for, if it does."""
+    if word >= 0:
+        return None
+    reason = -word & _REASON_MASK
+    process = (-word >> _PROCESS_SHIFT) & (_PROGRESS_MASK >> _PROCESS_SHIFT)
+    known = reason in AbortReason.__members__.values()
+    return Abort(
+        -word >> _EPOCH_SHIFT, process, AbortReason(reason) if known else AbortReason.TRANSFER
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """How far one process is with a swap.
+
+    Parameters
+    ----------
+    epoch : int
+        Equal on all processes at each step.
+    num_batches : int
+        Of the swap under way; 0 where there is none.
+    completed : int
+        Progress that this process has made and announces.
+    followed : int
+        Progress that all have made and on which this process has acted.
+    reason : AbortReason, optional
+        Set where this process wants to roll back and all have not yet heard of it.
+    """
+
+    epoch: int = 1
+    num_batches: int = 0
+    completed: int = 0
+    followed: int = 0
+    reason: AbortReason | None = None
+
+    @property
+    def batch(self) -> int:
+        """The present batch."""
+        return max(self.followed - _AGREED, 0) // _PER_BATCH
+
+    @property
+    def stage(self) -> Stage:
+        """What this process is at."""
+        if not self.num_batches:
+            return Stage.IDLE
+        if self.followed < _AGREED:
+            return Stage.AGREEING
+        return (Stage.MOVING, Stage.CHECKING, Stage.SWITCHED)[
+            (self.followed - _AGREED) % _PER_BATCH
+        ]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether this process is done with its stage and waits for the others."""
+        return self.completed > self.followed
+
+    def word(self, process: int) -> int:
+        """Return the word to be sent with the next forward."""
+        if self.reason is not None:
+            return -(self.epoch << _EPOCH_SHIFT | process << _PROCESS_SHIFT | self.reason)
+        return self.epoch << _EPOCH_SHIFT | self.completed
+
+    def begin(self, num_batches: int) -> Transaction:
+        """Begin a swap; its batches are known once the plan has been looked at."""
+        assert not self.num_batches, "a swap is under way"
+        assert num_batches > 0
+        return replace(self, num_batches=num_batches)
+
+    def complete(self) -> Transaction:
+        """Announce that this process is done with its stage."""
+        assert self.num_batches, "no swap is under way"
+        assert not self.is_waiting, "already announced"
+        return replace(self, completed=self.completed + 1)
+
+    def abort(self, reason: AbortReason) -> Transaction:
+        """Want to roll back; the first reason stays."""
+        assert self.num_batches, "no swap is under way"
+        return self if self.reason is not None else replace(self, reason=reason)
+
+    def hear(self, word_min: int) -> tuple[Transaction, Action | None]:
+        """Take in the minimum of all words of a forward, the same on all processes.
+
+        Hearing the same again changes nothing.
+        """
+        abort = abort_of(word_min)
+        if abort is not None:
+            if abort.epoch != self.epoch:
+                return self, None
+            action = Action.ROLL_BACK if self.num_batches else None
+            return Transaction(self.epoch + 1), action
+        agreed = word_min & _PROGRESS_MASK
+        same_epoch = word_min >> _EPOCH_SHIFT == self.epoch
+        if not (self.num_batches and same_epoch and self.is_waiting and agreed >= self.completed):
+            return self, None
+        heard = replace(self, followed=self.completed)
+        if heard.followed == _AGREED + _PER_BATCH * self.num_batches:
+            return Transaction(self.epoch + 1), Action.FINISH
+        return heard, {
+            Stage.MOVING: Action.MOVE,
+            Stage.CHECKING: Action.CHECK,
+            Stage.SWITCHED: Action.SWITCH,
+        }[heard.stage]
