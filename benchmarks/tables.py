@@ -15,6 +15,7 @@ from typing import Any
 
 from ep_layer_tables import EP_LAYER_TABLES
 from follow_tables import FOLLOW_TABLES
+from hot_swap_tables import HOT_SWAP_TABLES
 from move_tables import MOVE_TABLES
 from request_tables import REQUEST_TABLES
 from search_tables import SEARCH_TABLES
@@ -24,6 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 PAGES = (
     ROOT / "README.md",
     ROOT / "docs" / "exact.md",
+    ROOT / "docs" / "hot-swap.md",
     ROOT / "docs" / "measured.md",
     ROOT / "docs" / "migration.md",
     ROOT / "docs" / "recording.md",
@@ -216,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "timings": timings,
     "vllm-policy": vllm_policy,
     **EP_LAYER_TABLES,
+    **HOT_SWAP_TABLES,
     **MOVE_TABLES,
     **REQUEST_TABLES,
     **FOLLOW_TABLES,

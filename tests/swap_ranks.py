@@ -19,11 +19,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ep_ranks import batch, fill, make_expert, make_group, start
+from ep_ranks import batch, fill, make_experts, make_group, start
 
 from eplb.errors import InvalidInput, MigrationFailed
 from eplb.model import MoEModel
 from eplb.plan import Plan
+from eplb.plan_file import read_plan
 from eplb.runtime.batch_work import WrongChecksum
 from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.experts import gated_layout
@@ -86,27 +87,29 @@ def make_swap_group(num_processes, folder, name="calls", **options):
     return group
 
 
-def expert_of(layout, layer_id, expert):
-    return make_expert(layout, layer_id, expert)
-
-
 class Serving:
     """A model of three layers under load, compared with its reference at every step."""
 
     def __init__(self, group, plan, **options):
         self.group, self.plan = group, plan
         self.layout = gated_layout(HIDDEN, INNER, torch.float32)
-        self.load = partial(expert_of, self.layout)
+        self.experts = {
+            layer_id: make_experts(self.layout, layer_id, NUM_EXPERTS) for layer_id in LAYER_IDS
+        }
         self.layers = [self._layer(plan, layer_id) for layer_id in LAYER_IDS]
         self.steps = 0
         self.manager = PlacementManager(group, **{"spare_rows": 6, **options})
         self.manager.attach(self.layers, plan)
 
+    def load(self, layer_id, expert):
+        """What the checkpoint has of an expert."""
+        return {name: every[expert] for name, every in self.experts[layer_id].items()}
+
     def _layer(self, plan, layer_id):
         tables = PlacementTables.of_plan(plan, layer_id, self.group)
         slots = ExpertSlots(self.layout, tables.slots_per_rank * self.group.ranks_per_process)
         first = self.group.first_rank * tables.slots_per_rank
-        fill(slots, tables.phys_to_log_S, first, partial(self.load, layer_id))
+        fill(slots, tables.phys_to_log_S, first, self.experts[layer_id])
         queue = []
         layer = EPMoELayer(
             self.group, tables, slots, lambda _: queue.pop(0), hidden_size=HIDDEN, payload="fp32"
@@ -124,8 +127,8 @@ class Serving:
             x, topk, weight = batch(rng, NUM_EXPERTS, HIDDEN, TOP_K, int(rng.choice([0, 1, 5, 12])))
             layer.routing.append((topk, weight))
             y = layer(x)
-            load = partial(self.load, layer.layer_id)
-            assert relative_error(y, reference_output(x, topk, weight, load)) < 1e-5
+            experts = self.experts[layer.layer_id]
+            assert relative_error(y, reference_output(x, topk, weight, experts)) < 1e-5
             pairs += torch.tensor([int((topk >= 0).sum()), sum(layer.received_pairs)])
         dist.all_reduce(pairs, group=self.group.control)
         assert pairs[0] == pairs[1]
@@ -564,3 +567,25 @@ def run_apart(work, num_processes, folder, *arguments):
     errors = sorted(Path(folder).glob("error*"))
     assert not errors, "\n".join(path.read_text() for path in errors)
     return [one.exitcode for one in processes]
+
+
+def restarted(process, num_processes, folder, is_first):
+    """All are killed when a swap has changed over some layers; started anew they go on."""
+    start(process, num_processes, folder)
+    group = make_swap_group(num_processes, folder)
+    plan = read_plan(f"{folder}/plan.yaml")
+    assert plan == swap_plan(0, num_processes, 5)
+    serving = Serving(group, plan, spare_rows=5, plan_path=f"{folder}/plan.yaml")
+    target = swap_plan(1, num_processes, 5)
+    if is_first:
+        serving.manager.begin_swap(target)
+        serving.reach(Stage.SWITCHED, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+    serving.step()
+    serving.check_in_force(plan)
+    serving.swap(target)
+    group.barrier()
+    assert read_plan(f"{folder}/plan.yaml") == target
+    serving.close()
+    group.barrier()
+    dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import json
 
+import hot_swap_tables
 import pytest
 import search_pictures
 import specs  # noqa: F401  (fills the registry)
@@ -25,3 +26,7 @@ def test_pictures_are_what_the_results_give():
     results = json.loads(search_pictures.RESULTS.read_text())["results"]
     for name, text in search_pictures.pictures(results).items():
         assert (search_pictures.PICTURES / name).read_text() == text
+
+
+def test_the_picture_of_swaps_is_what_the_results_give():
+    assert hot_swap_tables.PICTURE.read_text() == hot_swap_tables.drawn()

@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from swap_ranks import death, run_apart, swap_plan
+from swap_ranks import death, restarted, run_apart, swap_plan
 
+from eplb.plan_file import write_plan
 from eplb.runtime.swap import Stage
 
 NODES = {"num_ranks": 8, "ranks_per_node": 4}
@@ -43,3 +44,11 @@ def test_survivors_agree_stop_and_go_on_from_the_repaired_plan(case, tmp_path):
         assert told[0]["digest"] == old.digest()
     else:
         assert told[0]["digest"] != old.digest()
+
+
+def test_processes_restarted_in_the_middle_of_a_swap_begin_from_the_old_plan(tmp_path):
+    write_plan(swap_plan(0, 2, 5), tmp_path / "plan.yaml")
+    assert run_apart(restarted, 2, tmp_path, True) == [-signal.SIGKILL] * 2
+    (tmp_path / "store").unlink()
+    (tmp_path / "calls").unlink()
+    assert run_apart(restarted, 2, tmp_path, False) == [0, 0]

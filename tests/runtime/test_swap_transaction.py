@@ -34,21 +34,19 @@ def test_all_processes_do_the_same_at_the_same_step(data):
     log = [[] for _ in range(num)]
     word_min = 0
     for step in range(60):
-        for p, one in enumerate(processes):
-            one, action = one.hear(word_min)
+        for p in range(num):
+            now, action = processes[p].hear(word_min)
             if action is not None:
-                log[p].append((step, action, one.batch))
-            assert one.hear(word_min) == (one, None), "hearing it again changes nothing"
+                log[p].append((step, action, now.batch))
+            assert now.hear(word_min) == (now, None), "hearing it again changes nothing"
             if begins[p] == step:
-                one = one.begin(batches)
-            if one.num_batches and one.reason is None:
+                now = now.begin(batches)
+            if now.num_batches and now.reason is None:
                 if aborts.get(p) == step:
-                    one = one.abort(AbortReason.ASKED)
-                elif not one.is_waiting and data.draw(
-                    st.booleans() if step < 30 else st.just(True)
-                ):
-                    one = one.complete()
-            processes[p] = one
+                    now = now.abort(AbortReason.ASKED)
+                elif not now.is_waiting and (step >= 30 or data.draw(st.booleans())):
+                    now = now.complete()
+            processes[p] = now
         assert len({one.epoch for one in processes}) == 1
         word_min = min(one.word(p) for p, one in enumerate(processes))
     actions = [[action for _, action, _ in one] for one in log]
