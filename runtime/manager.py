@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,38 +24,17 @@ from eplb.plan_file import write_plan
 from eplb.runtime.batch_work import SwapLayer, WrongChecksum
 from eplb.runtime.checksums import expert_checksums
 from eplb.runtime.ep.group import EPGroup
-from eplb.runtime.ep.layer import EPMoELayer
 from eplb.runtime.ep.tables import PlacementTables
 from eplb.runtime.equipment import Equipment
 from eplb.runtime.in_force import InForce
 from eplb.runtime.liveness import Liveness
-from eplb.runtime.moves import Arrivals, layer_batches, swap_batches
+from eplb.runtime.moves import layer_batches
+from eplb.runtime.preparation import Prepared, Swap, TablesOf, layers_of, prepare
 from eplb.runtime.proposal import Proposal, check_successor
 from eplb.runtime.swap import Abort, AbortReason, Action, Stage, Transaction, abort_of
 from eplb.runtime.swap_status import SwapResult, SwapStatus
 
 __all__ = ["PlacementManager"]
-
-TablesOf = Callable[[Plan, int, EPGroup], Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Prepared:
-    digest: str
-    batches: Sequence[Arrivals]
-    tables: Sequence[Any]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Swap:
-    """The swap under way on this process."""
-
-    plan: Plan
-    prepared: Future[_Prepared]
-    deadline_s: float
-    begun_s: float
-    is_returning: bool = False
-    is_published: bool = False
 
 
 class PlacementManager:
@@ -118,7 +96,7 @@ class PlacementManager:
         self.plan_path, self.tables_of = plan_path, tables_of
         self.host, self.liveness = host, liveness
         self._transaction = Transaction()
-        self._swap: _Swap | None = None
+        self._swap: Swap | None = None
         self._error: str | None = None
         self._returning_from: MigrationFailed | None = None
         self._moved_bytes = 0
@@ -137,7 +115,7 @@ class PlacementManager:
             Layers and plan do not fit each other, processes serve different plans, or replicas of
             an expert differ.
         """
-        found = _layers_of(model)
+        found = layers_of(model)
         if sorted(found) != list(plan.placement.layer_ids):
             raise InvalidInput(
                 f"the model has expert layers {sorted(found)} and the plan "
@@ -158,7 +136,7 @@ class PlacementManager:
         self._slots_per_process = plan.topology.slots_per_rank * self.group.ranks_per_process
         self.layers = layers
         # On the thread that works for swaps, so that the first one finds it warm.
-        here = self._pool.submit(self._prepare, plan.placement.phys_to_log_LS, plan).result()
+        here = self._submit(plan.placement.phys_to_log_LS, plan).result()
         self._tables = list(here.tables)
         self._in_force = InForce.of(plan, digest)
         self._fallback: InForce | None = None
@@ -301,9 +279,9 @@ class PlacementManager:
         # Peers may still be reading what was said of the last one.
         self._board.clear(self._transaction.epoch - 2)
         now_s = time.monotonic()
-        self._swap = _Swap(
+        self._swap = Swap(
             plan=plan,
-            prepared=self._pool.submit(self._prepare, old_LS, plan),
+            prepared=self._submit(old_LS, plan),
             deadline_s=now_s + self.deadline_s,
             begun_s=now_s,
             is_returning=is_returning,
@@ -312,23 +290,10 @@ class PlacementManager:
         self._returning_from = None
         self._progress_s = now_s
 
-    def _prepare(self, old_LS: IntArray, plan: Plan) -> _Prepared:
-        """Work out what a swap needs, on a thread of its own."""
-        if self.group.device.type == "cuda":
-            torch.cuda.set_device(self.group.device)
-        batches = swap_batches(
-            old_LS, plan.placement.phys_to_log_LS,
-            slots_per_rank=plan.topology.slots_per_rank,
-            ranks_per_process=self.group.ranks_per_process,
-            ranks_per_node=self.group.ranks_per_node,
-            spare_rows=self.spare_rows,
-        )  # fmt: skip
-        tables = [
-            self.tables_of(plan, layer_id, self.group) for layer_id in plan.placement.layer_ids
-        ]
-        if self.group.device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        return _Prepared(digest=plan.digest(), batches=batches, tables=tables)
+    def _submit(self, old_LS: IntArray, plan: Plan) -> Future[Prepared]:
+        return self._pool.submit(
+            prepare, self.group, old_LS, plan, spare_rows=self.spare_rows, tables_of=self.tables_of
+        )
 
     def _act(self, action: Action, abort: Abort | None) -> SwapResult | None:
         """Do what all processes do at this step."""
@@ -361,7 +326,7 @@ class PlacementManager:
             return self._finish(swap, prepared)
         return None
 
-    def _settle(self, prepared: _Prepared, batch: int) -> None:
+    def _settle(self, prepared: Prepared, batch: int) -> None:
         """Note that a batch is in force everywhere, so that nothing goes back behind it."""
         self._work.end()
         self._fallback = None
@@ -370,7 +335,7 @@ class PlacementManager:
             for layer in prepared.batches[batch].layers:
                 self._tables[layer] = prepared.tables[layer]
 
-    def _go_on(self, swap: _Swap) -> None:
+    def _go_on(self, swap: Swap) -> None:
         """Look whether this process is done with its stage, and in time."""
         if self._transaction.reason is not None:
             return
@@ -392,7 +357,7 @@ class PlacementManager:
             self._fail(AbortReason.PLANS if plans else AbortReason.TRANSFER, str(error))
         return None
 
-    def _is_done(self, swap: _Swap) -> bool:
+    def _is_done(self, swap: Swap) -> bool:
         """Return whether this process has completed its stage."""
         if self._transaction.stage is not Stage.AGREEING:
             return self._work.poll()
@@ -413,7 +378,7 @@ class PlacementManager:
             swap.is_published = True
         return self._board.check(epoch)
 
-    def _lateness(self, swap: _Swap) -> str:
+    def _lateness(self, swap: Swap) -> str:
         stage = self._transaction.stage
         what = f"after {time.monotonic() - swap.begun_s:.1f} s it was at {stage.value}"
         if stage is Stage.AGREEING and swap.is_published:
@@ -435,7 +400,7 @@ class PlacementManager:
         self._transaction = self._transaction.abort(reason)
         self._board.explain(self._transaction.epoch, why)
 
-    def _roll_back(self, swap: _Swap, abort: Abort) -> SwapResult | None:
+    def _roll_back(self, swap: Swap, abort: Abort) -> SwapResult | None:
         """Put back the old placement of the batch, and begin to return what had changed before."""
         if self._fallback is not None:
             self._in_force, self._fallback = self._fallback, None
@@ -459,7 +424,7 @@ class PlacementManager:
             return None
         return self._ended(swap, error)
 
-    def _finish(self, swap: _Swap, prepared: _Prepared) -> SwapResult:
+    def _finish(self, swap: Swap, prepared: Prepared) -> SwapResult:
         """All layers are in force everywhere."""
         self._settle(prepared, len(prepared.batches) - 1)
         self._in_force = InForce.of(swap.plan, prepared.digest)
@@ -472,7 +437,7 @@ class PlacementManager:
         return self._ended(swap, None)
 
     @staticmethod
-    def _ended(swap: _Swap, error: MigrationFailed | None) -> SwapResult:
+    def _ended(swap: Swap, error: MigrationFailed | None) -> SwapResult:
         return SwapResult(error=error, seconds=time.monotonic() - swap.begun_s)
 
     def _find_row(self, epoch: int, layer: int, slot: int) -> torch.Tensor | None:
@@ -491,20 +456,3 @@ class PlacementManager:
         seen = self._work.done_bytes, self._transaction
         if seen != self._progress:
             self._progress, self._progress_s = seen, time.monotonic()
-
-
-def _layers_of(model: nn.Module | Iterable[SwapLayer]) -> dict[int, SwapLayer]:
-    """Return the layers by their id."""
-    layers: Iterable[SwapLayer] = (
-        [module for module in model.modules() if isinstance(module, EPMoELayer)]
-        if isinstance(model, nn.Module)
-        else model
-    )
-    found: dict[int, SwapLayer] = {}
-    for layer in layers:
-        if layer.layer_id in found:
-            raise InvalidInput(f"two layers have the id {layer.layer_id}; attach each once")
-        found[layer.layer_id] = layer
-    if not found:
-        raise InvalidInput("the model has no expert-parallel layer; give the layers themselves")
-    return found

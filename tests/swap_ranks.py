@@ -393,7 +393,7 @@ def weights_changed(serving, plan):
 
 def source_stalls(serving, plan):
     """A peer stops sending; the deadline ends it, and the alarm is seen before."""
-    server, manager = serving.manager._server._server, serving.manager
+    server, manager = serving.manager._equipment.server._server, serving.manager
     original, resume = server.find_row, threading.Event()
 
     def stalls(*arguments):
@@ -419,7 +419,7 @@ def source_stalls(serving, plan):
 
 def source_refuses(serving, plan):
     """A peer has no row to give."""
-    server = serving.manager._server._server
+    server = serving.manager._equipment.server._server
     original = server.find_row
     if serving.group.process == 0:
         server.find_row = lambda *_: None
@@ -430,7 +430,7 @@ def source_refuses(serving, plan):
 
 def source_hangs_up(serving, plan):
     """A peer's connection breaks in the middle of a row."""
-    server = serving.manager._server._server
+    server = serving.manager._equipment.server._server
     original = server.find_row
 
     def breaks(*_):

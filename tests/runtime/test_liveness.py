@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 pytest.importorskip("torch")
 
 from eplb.errors import ServingFailed
-from eplb.runtime.liveness import View, agreed_digest, agreed_loss, watched_by
+from eplb.runtime.survivors import View, agreed_digest, agreed_loss, watched_by
 
 
 @given(st.integers(1, 300), st.data())

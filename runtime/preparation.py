@@ -1,0 +1,86 @@
+"""What a swap needs before it can begin: batches, tables and digest of the new plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from eplb.arrays import IntArray
+from eplb.errors import InvalidInput
+from eplb.plan import Plan
+from eplb.runtime.batch_work import SwapLayer
+from eplb.runtime.ep.group import EPGroup
+from eplb.runtime.ep.layer import EPMoELayer
+from eplb.runtime.moves import Arrivals, swap_batches
+
+__all__ = ["Prepared", "Swap", "TablesOf", "layers_of", "prepare"]
+
+TablesOf = Callable[[Plan, int, EPGroup], Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A swap's batches, the new plan's digest, and its tables in the order of layers."""
+
+    digest: str
+    batches: Sequence[Arrivals]
+    tables: Sequence[Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class Swap:
+    """The swap under way on this process."""
+
+    plan: Plan
+    prepared: Future[Prepared]
+    deadline_s: float
+    begun_s: float
+    is_returning: bool = False
+    is_published: bool = False
+
+
+def prepare(
+    group: EPGroup, old_LS: IntArray, plan: Plan, *, spare_rows: int, tables_of: TablesOf
+) -> Prepared:
+    """Work out a swap from the slots in force to a plan, on a thread beside serving.
+
+    Raises
+    ------
+    MigrationFailed
+        A layer does not fit into the spare rows.
+    """
+    if group.device.type == "cuda":
+        torch.cuda.set_device(group.device)
+    batches = swap_batches(
+        old_LS, plan.placement.phys_to_log_LS,
+        slots_per_rank=plan.topology.slots_per_rank,
+        ranks_per_process=group.ranks_per_process,
+        ranks_per_node=group.ranks_per_node,
+        spare_rows=spare_rows,
+    )  # fmt: skip
+    tables = [tables_of(plan, layer_id, group) for layer_id in plan.placement.layer_ids]
+    if group.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    return Prepared(digest=plan.digest(), batches=batches, tables=tables)
+
+
+def layers_of(model: nn.Module | Iterable[SwapLayer]) -> dict[int, SwapLayer]:
+    """Return the layers by their id."""
+    layers: Iterable[SwapLayer] = (
+        [module for module in model.modules() if isinstance(module, EPMoELayer)]
+        if isinstance(model, nn.Module)
+        else model
+    )
+    found: dict[int, SwapLayer] = {}
+    for layer in layers:
+        if layer.layer_id in found:
+            raise InvalidInput(f"two layers have the id {layer.layer_id}; attach each once")
+        found[layer.layer_id] = layer
+    if not found:
+        raise InvalidInput("the model has no expert-parallel layer; give the layers themselves")
+    return found
