@@ -133,6 +133,8 @@ class Liveness:
         ------
         RanksLost
             Processes are gone, and what is in force must not change any more.
+        ServingFailed
+            Some are suspected, and the survivors did not come to agree.
         """
         with self._lock:
             view = self._views[self.group.process]
@@ -140,6 +142,11 @@ class Liveness:
                 self._views[self.group.process] = View(view.suspects, in_force, fallback)
                 return
         self.check(self._patience_s)
+        suspects = sorted(self._views[self.group.process].suspects)
+        raise ServingFailed(
+            f"processes {suspects} are silent and the others do not agree on it; restart all from "
+            "the plan in force"
+        )
 
     def check(self, wait_s: float = 0.0) -> None:
         """Raise where processes are lost; with ``wait_s``, see for so long whether they are.
@@ -235,7 +242,7 @@ class Liveness:
                 message = json.loads(self._socket.recv(_MOST_BYTES))
             except (TimeoutError, BlockingIOError):
                 return
-            except (OSError, ValueError):
+            except (OSError, ValueError, RecursionError):
                 continue
             self._socket.settimeout(0.0)
             if isinstance(message, dict) and message.get("token") == self._token:

@@ -146,7 +146,7 @@ class PlacementManager:
             bytes_per_s=self.bytes_per_s, timeout_s=self.deadline_s, host=self.host,
         )  # fmt: skip
         self._work, self._board = self._equipment.work, self._equipment.board
-        self._report()
+        self._put_in_force(self._in_force, None)
 
     def begin_swap(self, plan: Plan) -> None:
         """Begin to put another plan in force; :meth:`step` goes on with it.
@@ -314,13 +314,13 @@ class PlacementManager:
             self._attempt(work.check)
         elif action is Action.SWITCH:
             layers = prepared.batches[self._transaction.batch].layers
-            self._fallback = self._in_force
-            self._in_force = (
-                self._in_force.returned(layers)
+            now = self._in_force
+            after = (
+                now.returned(layers)
                 if swap.is_returning
-                else self._in_force.switched(swap.plan, prepared.digest, layers)
+                else now.switched(swap.plan, prepared.digest, layers)
             )
-            self._report()
+            self._put_in_force(after, now)
             work.switch(prepared.tables)
         else:
             return self._finish(swap, prepared)
@@ -328,9 +328,8 @@ class PlacementManager:
 
     def _settle(self, prepared: Prepared, batch: int) -> None:
         """Note that a batch is in force everywhere, so that nothing goes back behind it."""
+        self._put_in_force(self._in_force, None)
         self._work.end()
-        self._fallback = None
-        self._report()
         if batch >= 0:
             for layer in prepared.batches[batch].layers:
                 self._tables[layer] = prepared.tables[layer]
@@ -389,11 +388,14 @@ class PlacementManager:
             what += ", itself not done"
         return f"{what} (deadline_s {self.deadline_s:g})"
 
-    def _report(self) -> None:
-        """Tell the liveness what is in force, before it is; it raises if that must not change."""
+    def _put_in_force(self, in_force: InForce, fallback: InForce | None) -> None:
+        """Note what serves from now on and what this process can still go back to.
+
+        The liveness is told first: it raises where processes are lost, and then nothing changes.
+        """
         if self.liveness is not None:
-            fallback = None if self._fallback is None else self._fallback.digest
-            self.liveness.report(self._in_force.digest, fallback)
+            self.liveness.report(in_force.digest, None if fallback is None else fallback.digest)
+        self._in_force, self._fallback = in_force, fallback
 
     def _fail(self, reason: AbortReason, why: str) -> None:
         """Want to roll back, and tell the others why."""
@@ -403,8 +405,7 @@ class PlacementManager:
     def _roll_back(self, swap: Swap, abort: Abort) -> SwapResult | None:
         """Put back the old placement of the batch, and begin to return what had changed before."""
         if self._fallback is not None:
-            self._in_force, self._fallback = self._fallback, None
-            self._report()
+            self._put_in_force(self._fallback, None)
         self._work.roll_back(self._tables)
         self._swap = None
         why = self._board.explanation(abort.epoch, abort.process)
@@ -432,9 +433,14 @@ class PlacementManager:
         if swap.is_returning and self._returning_from is not None:
             return self._ended(swap, self._returning_from)
         self._error = None
+        error = None
         if self.plan_path is not None and self.group.process == 0:
-            write_plan(swap.plan, self.plan_path)
-        return self._ended(swap, None)
+            try:
+                write_plan(swap.plan, self.plan_path)
+            except InvalidInput as failure:
+                error = MigrationFailed(f"the plan is in force and was not written: {failure}")
+                self._error = str(error)
+        return self._ended(swap, error)
 
     @staticmethod
     def _ended(swap: Swap, error: MigrationFailed | None) -> SwapResult:

@@ -104,7 +104,11 @@ class RowServer:
     def __init__(self, find_row: Callable[[int, int, int], torch.Tensor | None], host: str) -> None:
         self._token = secrets.token_bytes(16)
         self._server = _Server(host, self._token, find_row)
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        # How often it looks whether it is to end.
+        poll_s = 0.05
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(poll_s,), name="eplb-rows", daemon=True
+        )
         self._thread.start()
 
     @property
