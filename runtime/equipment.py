@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,7 +65,7 @@ class Equipment:
         row_bytes = layers[0].slots.layout.row_bytes
         memory = PeerMemory(group)
         spare = SpareRows(spare_rows, row_bytes, memory.allocate)
-        host = host or own_host(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        host = host or own_host()
         server = RowServer(find_row, host)
         # What others have left in the group's store is none of this one's.
         store = PrefixStore(group.gather_text(secrets.token_hex(8))[0], group.store)

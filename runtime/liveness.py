@@ -30,6 +30,7 @@ from torch.distributed.distributed_c10d import Store
 
 from eplb.errors import ServingFailed
 from eplb.runtime.ep.group import EPGroup
+from eplb.runtime.row_fetch import own_host
 from eplb.runtime.survivors import View, agreed_digest, agreed_loss, watched_by
 
 __all__ = ["Liveness", "Loss", "RanksLost"]
@@ -83,8 +84,8 @@ class Liveness:
         of a process may not run at all.
     interval_s : float
         Between heartbeats.
-    host : str
-        Address under which other processes reach this one.
+    host : str, optional
+        Address under which other processes reach this one; found out where left out.
 
     Attributes
     ----------
@@ -98,10 +99,11 @@ class Liveness:
         *,
         timeout_s: float = 2.0,
         interval_s: float = 0.1,
-        host: str = "127.0.0.1",
+        host: str | None = None,
     ) -> None:
         self.group, self.timeout_s, self.interval_s = group, timeout_s, interval_s
         self.loss: Loss | None = None
+        host = host or own_host()
         self._host = host
         self._lock = threading.Lock()
         self._views = {group.process: View(frozenset(), "", None)}

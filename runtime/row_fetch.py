@@ -9,6 +9,7 @@ The request says which swap it is for, and a source that has rolled that back re
 
 from __future__ import annotations
 
+import os
 import secrets
 import socket
 import socketserver
@@ -40,8 +41,9 @@ class Fetch:
     into: torch.Tensor
 
 
-def own_host(toward: str) -> str:
-    """Return the address under which this machine is seen from another one."""
+def own_host() -> str:
+    """Return the address under which the group's first machine, MASTER_ADDR, sees this one."""
+    toward = os.environ.get("MASTER_ADDR", "127.0.0.1")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             # Nothing is sent: connecting a datagram socket only chooses a route.

@@ -478,7 +478,8 @@ def death(process, num_processes, folder, stage, batch_number, victim, options):
     group = make_swap_group(num_processes, folder, **options)
     liveness = Liveness(group)
     plan = swap_plan(0, group.num_ranks, 8, ranks_per_node=group.ranks_per_node)
-    serving = Serving(group, plan, spare_rows=8, liveness=liveness)
+    spare_rows = 8 * group.ranks_per_process
+    serving = Serving(group, plan, spare_rows=spare_rows, liveness=liveness)
     target = swap_plan(1, group.num_ranks, 8, ranks_per_node=group.ranks_per_node)
     with pytest.raises(RanksLost, match=f"process {victim} ") as caught:
         serve_until_death(serving, target, stage, batch_number, victim)
@@ -510,9 +511,8 @@ def dead_ranks(group, loss):
 def serve_until_death(serving, target, stage, batch_number, victim):
     if stage == "apart":
         switch_apart(serving, target, victim)
-    if stage is not None:
-        serving.manager.begin_swap(target)
-        serving.reach(stage, batch_number)
+    serving.manager.begin_swap(target)
+    serving.reach(stage, batch_number)
     if serving.group.process == victim:
         os.kill(os.getpid(), signal.SIGKILL)
     while True:
