@@ -493,4 +493,5 @@ def die(process: int, processes: int, folder: str, number: int) -> None:
         Path(f"{folder}/death{number}-{process}").write_text(json.dumps(report))
         recovered.manager.close()
         recovered.group.barrier()
+        recovered.liveness.close()
         dist.destroy_process_group()

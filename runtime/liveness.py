@@ -214,6 +214,12 @@ class Liveness:
         host, port = self._stores[first].split()
         return TCPStore(host, int(port), is_master=False, timeout=wait)
 
+    def successor(self, group: EPGroup) -> Liveness:
+        """Return one with the same options for another group. Collective."""
+        return Liveness(
+            group, timeout_s=self.timeout_s, interval_s=self.interval_s, host=self._host
+        )
+
     def close(self) -> None:
         """Stop. The others take this process for dead unless they stop as well."""
         self._ending.set()

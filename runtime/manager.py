@@ -237,12 +237,12 @@ class PlacementManager:
         """The plan in force; while a swap changes layer after layer, what is in force of both."""
         return self._in_force.plan()
 
-    def successor(self, group: EPGroup) -> PlacementManager:
+    def successor(self, group: EPGroup, liveness: Liveness) -> PlacementManager:
         """Return a manager with the same options for another group, not attached yet."""
         return PlacementManager(
             group, spare_rows=self.spare_rows, bytes_per_s=self.bytes_per_s,
             deadline_s=self.deadline_s, alarm_s=self.alarm_s, plan_path=self.plan_path,
-            tables_of=self.tables_of, host=self.host,
+            tables_of=self.tables_of, host=self.host, liveness=liveness,
         )  # fmt: skip
 
     def close(self) -> None:

@@ -46,6 +46,8 @@ class Recovery:
         Of the survivors, numbered anew.
     manager : PlacementManager
         Attached to the same layers.
+    liveness : Liveness
+        Of the new group, with the options of the old one.
     plan : Plan
         In force, in the survivors' numbers.
     repaired : Plan
@@ -57,6 +59,7 @@ class Recovery:
 
     group: EPGroup
     manager: PlacementManager
+    liveness: Liveness
     plan: Plan
     repaired: Plan
     num_loaded: int
@@ -78,7 +81,7 @@ def recover(
     manager : PlacementManager
         Of the group that lost processes; it is closed.
     liveness : Liveness
-        That told so; it is closed. The new group starts without one.
+        That told so; it is closed.
     load : callable
         From an absolute layer id and a logical expert to its tensors.
     profile, max_moves
@@ -108,9 +111,10 @@ def recover(
     num_loaded = _restore(manager, made, held_LS, plan, load)
     for layer in layers:
         layer.join(made, manager.tables_of(plan, layer.layer_id, made))
-    successor = manager.successor(made)
+    successor = manager.successor(made, liveness.successor(made))
     successor.attach(layers, plan)
-    return Recovery(made, successor, plan, repaired, num_loaded)
+    assert successor.liveness is not None
+    return Recovery(made, successor, successor.liveness, plan, repaired, num_loaded)
 
 
 def _restore(

@@ -499,6 +499,7 @@ def death(process, num_processes, folder, stage, batch_number, victim, options):
     serving.swap(swap_plan(2, recovered.group.num_ranks, 8, ranks_per_node=ranks_per_node))
     serving.close()
     recovered.group.barrier()
+    recovered.liveness.close()
     dist.destroy_process_group()
 
 
