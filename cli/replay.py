@@ -13,6 +13,7 @@ import numpy as np
 from eplb.cli.moves import charge_options
 from eplb.cli.options import (
     Fraction,
+    Machine,
     Name,
     Seconds,
     as_json,
@@ -24,7 +25,6 @@ from eplb.errors import InvalidInput
 from eplb.model import MODEL_PRESETS
 from eplb.placement.replay import POLICIES, ReplayOptions, replay
 from eplb.split import SPLIT_RULES
-from eplb.topology import TOPOLOGY_PRESETS
 
 if TYPE_CHECKING:
     from eplb.placement.replay import Replay
@@ -86,10 +86,10 @@ FORMATS = ("png", "svg", "pdf")
 )
 @click.option("--plans", type=click.Path(), metavar="DIR", help="Write the plan of each decision.")
 @click.option("--plot", type=click.Path(), metavar="FILE", help="Draw it: .png, .svg or .pdf.")
-@click.option("--nodes", type=click.IntRange(min=1), required=True)
+@click.option("--nodes", type=click.IntRange(min=1))
 @click.option("--ranks-per-node", type=click.IntRange(min=1))
-@click.option("--slots-per-rank", type=click.IntRange(min=1), required=True)
-@click.option("--topology", type=Name("topology preset", TOPOLOGY_PRESETS))
+@click.option("--slots-per-rank", type=click.IntRange(min=1))
+@click.option("--topology", type=Machine())
 @click.option("--model", type=Name("model preset", MODEL_PRESETS))
 @click.option("--groups", type=click.IntRange(min=1), help="Groups of group-limited routing.")
 @click.option("--hierarchical", is_flag=True, help="Keep each group's experts within a node.")

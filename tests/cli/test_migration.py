@@ -120,3 +120,16 @@ def test_replay_writes_the_plans_in_force(run, loads, small):
     refused = run(*words, "--warmup", 6)
     assert refused.code == 2
     assert "--warmup" in refused.err
+
+
+def test_replay_takes_the_cluster_from_a_file(run, loads, small):
+    text = "num_nodes: 2\nranks_per_node: 2\nintra_node_bytes_per_s: 1e9\ninter_node_bytes_per_s: 1e8\n"
+    Path("cluster.yaml").write_text(text)
+    words = ("replay", loads / "day.npz", "--every", 2, "--policy", "resolve")
+    charge = ("--step-ms", 1, "--expert-bytes", 10**6, "--topology", "cluster.yaml")
+    slots = small[small.index("--slots-per-rank") + 1]
+    report = json.loads(run(*words, *charge, "--slots-per-rank", slots, "--json").out)
+    assert report["transfer_seconds"] > 0
+    refused = run(*words, "--slots-per-rank", slots)
+    assert refused.code == 2
+    assert "--nodes is missing" in refused.err
