@@ -123,8 +123,8 @@ def test_replay_writes_the_plans_in_force(run, loads, small):
 
 
 def test_replay_takes_the_cluster_from_a_file(run, loads, small):
-    text = "num_nodes: 2\nranks_per_node: 2\nintra_node_bytes_per_s: 1e9\ninter_node_bytes_per_s: 1e8\n"
-    Path("cluster.yaml").write_text(text)
+    counts, speeds = "num_nodes: 2, ranks_per_node: 2", "intra_node_bytes_per_s: 1.0e+9"
+    Path("cluster.yaml").write_text(f"{{{counts}, {speeds}, inter_node_bytes_per_s: 1.0e+8}}")
     words = ("replay", loads / "day.npz", "--every", 2, "--policy", "resolve")
     charge = ("--step-ms", 1, "--expert-bytes", 10**6, "--topology", "cluster.yaml")
     slots = small[small.index("--slots-per-rank") + 1]
