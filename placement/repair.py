@@ -161,6 +161,8 @@ def improved(
         topology=Topology(
             num_nodes=1, ranks_per_node=len(ranks), slots_per_rank=topology.slots_per_rank
         ),
+        # Moves keep replicas apart anyway; demanded, it would forbid slots that stay empty.
+        distinct_ranks=False,
     )
     inner = Placement(
         phys_to_log_LS=slots_LRK[rows][:, ranks].reshape(len(rows), -1),

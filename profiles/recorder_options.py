@@ -35,7 +35,8 @@ class Options(TypedDict, total=False):
         Label of the windows; ``Recorder.scenario`` changes it.
     reduce : bool or ProcessGroup
         Add up the windows of all ranks into one file: over a gloo group, off the critical path.
-        True makes such a group, on all ranks of the default group at once.
+        True makes such a group, on all ranks of the default group at once. A group that is given
+        must be used for nothing else, since the recorder does so on a thread of its own.
     reduce_timeout_s : float
         How long a rank may be late; then every rank records on by itself.
     sources : str
