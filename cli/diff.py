@@ -8,7 +8,8 @@ from typing import Any
 import click
 import numpy as np
 
-from eplb.cli.options import Machine, as_json
+from eplb.cli.moves import bandwidth_option, spare_slots_option
+from eplb.cli.options import as_json
 
 __all__ = ["command"]
 
@@ -16,24 +17,14 @@ __all__ = ["command"]
 @click.command("diff")
 @click.argument("old_path", metavar="OLD", type=click.Path())
 @click.argument("new_path", metavar="NEW", type=click.Path())
-@click.option(
-    "--spare-slots",
-    type=click.IntRange(min=0),
-    metavar="SLOTS",
-    help="Experts that fit a rank beside its slots while they wait; no limit where left out.",
-)
+@spare_slots_option
 @click.option(
     "--expert-bytes",
     type=click.IntRange(min=1),
     metavar="BYTES",
     help="Weights of one expert of one layer; needed where the plans' model does not say.",
 )
-@click.option(
-    "--topology",
-    type=Machine(),
-    help="Machine whose bandwidths count, in place of the plans' own: a preset, or a file of a "
-    "measured cluster.",
-)
+@bandwidth_option
 @as_json
 def command(
     old_path: str,

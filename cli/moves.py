@@ -10,7 +10,13 @@ import click
 from eplb.cli.options import Machine
 from eplb.errors import InvalidInput
 
-__all__ = ["bandwidth_option", "charge_options", "check_charge", "moves_limit"]
+__all__ = [
+    "bandwidth_option",
+    "charge_options",
+    "check_charge",
+    "moves_limit",
+    "spare_slots_option",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,6 +49,16 @@ def bandwidth_option(command: F) -> F:
         type=Machine(),
         help="Machine whose bandwidths count, in place of the plan's own: a preset, or a file of a "
         "measured cluster.",
+    )(command)
+
+
+def spare_slots_option(command: F) -> F:
+    """Add the option of the memory that moves may take beside the slots."""
+    return click.option(
+        "--spare-slots",
+        type=click.IntRange(min=0),
+        metavar="SLOTS",
+        help="Experts that fit a rank beside its slots while they wait; no limit where left out.",
     )(command)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from eplb.cli.moves import bandwidth_option
 from eplb.cli.options import (
-    Machine,
     Numbers,
     as_json,
     phase_option,
@@ -39,12 +39,7 @@ __all__ = ["command"]
     help="Experts that may be sent between ranks, beyond what is lost, for the balance; needs a "
     "profile.",
 )
-@click.option(
-    "--topology",
-    type=Machine(),
-    help="Machine whose bandwidths count, in place of the plan's own: a preset, or a file of a "
-    "measured cluster.",
-)
+@bandwidth_option
 @click.option("-o", "--output", type=click.Path(), required=True, metavar="PLAN")
 @windows_option
 @phase_option

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from eplb.cli.moves import bandwidth_option, spare_slots_option
 from eplb.cli.options import (
     Fraction,
-    Machine,
     Name,
     Numbers,
     Seconds,
@@ -57,18 +57,8 @@ __all__ = ["command"]
     metavar="PART",
     help="Without --max-moves: how far above the best imbalance the plan of fewest moves may be.",
 )
-@click.option(
-    "--spare-slots",
-    type=click.IntRange(min=0),
-    metavar="SLOTS",
-    help="Experts that fit a rank beside its slots while they wait; no limit where left out.",
-)
-@click.option(
-    "--topology",
-    type=Machine(),
-    help="Machine whose bandwidths count, in place of the plan's own: a preset, or a file of a "
-    "measured cluster.",
-)
+@spare_slots_option
+@bandwidth_option
 @click.option(
     "--solver",
     type=Name("solver", ("greedy", "search", "exact")),
