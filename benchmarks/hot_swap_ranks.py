@@ -32,7 +32,7 @@ from eplb.runtime.ep.tables import PlacementTables
 from eplb.runtime.lane import Pacer, SideLane
 from eplb.runtime.liveness import Liveness, RanksLost
 from eplb.runtime.manager import PlacementManager
-from eplb.runtime.peer_memory import PeerMemory
+from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.recovery import recover
 from eplb.runtime.swap import Stage
 from eplb.slots import Placement

@@ -19,7 +19,7 @@ from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.lane import SideLane
 from eplb.runtime.moves import CHECKPOINT, Arrivals
-from eplb.runtime.peer_memory import PeerMemory
+from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.row_fetch import Fetch, RowFetcher
 from eplb.runtime.spare_rows import SpareRows
 

@@ -26,7 +26,7 @@ class SpareRows:
     row_bytes : int
     allocate : callable
         From a shape to a tensor of uint8 on the device; memory of the process alone, or such that
-        peers can write to (:mod:`eplb.runtime.peer_memory`).
+        peers can write to (:mod:`eplb.runtime.ep.peer_memory`).
 
     Attributes
     ----------
