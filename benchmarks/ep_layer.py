@@ -189,10 +189,10 @@ def rank_by_rank(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> d
             of_layer = []
             for rank in group.ranks:
                 counts = torch.from_numpy(rows_S[rank * spr : (rank + 1) * spr])
-                slot_P = torch.arange(spr).repeat_interleave(counts).to(group.device)
-                x_PH = torch.randn(len(slot_P), bench.hidden, device=group.device).to(bench.dtype)
+                end_S = counts.cumsum(0).int().to(group.device)
+                x_PH = torch.randn(int(counts.sum()), bench.hidden, device=group.device).to(bench.dtype)
                 one_rank = bench.slots.part((rank - group.first_rank) * spr, spr)
-                run = partial(compute_experts, x_PH, slot_P, one_rank, gated_silu)
+                run = partial(compute_experts, x_PH, end_S, one_rank, gated_silu)
                 run()
                 of_layer.append(statistics.median(_alone(bench, run) for _ in range(3)))
             times_LR.append(of_layer)

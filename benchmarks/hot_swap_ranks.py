@@ -27,12 +27,12 @@ from eplb.runtime.ep.expert_slots import ExpertLayout, ExpertSlots
 from eplb.runtime.ep.experts import gated_layout
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.layer import EPMoELayer
+from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.ep.reference import reference_output, relative_error
 from eplb.runtime.ep.tables import PlacementTables
 from eplb.runtime.lane import Pacer, SideLane
 from eplb.runtime.liveness import Liveness, RanksLost
 from eplb.runtime.manager import PlacementManager
-from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.recovery import recover
 from eplb.runtime.swap import Stage
 from eplb.slots import Placement

@@ -23,6 +23,7 @@ from eplb.split import check_split
 from eplb.topology import Topology
 
 __all__ = [
+    "STEP_STRIDE",
     "UNIT_BITS",
     "ReplicaBounds",
     "choose_slots",
@@ -38,7 +39,7 @@ UNIT = 1 << UNIT_BITS
 # Multiples of these modulo 1 are spread evenly: the golden ratio - 1, the square root of 2 - 1,
 # and the inverse of the plastic number.
 _RANK_STRIDE = round(0.6180339887498949 * UNIT)
-_STEP_STRIDE = round(0.4142135623730950 * UNIT)
+STEP_STRIDE = round(0.4142135623730950 * UNIT)
 _EXPERT_STRIDE = round(0.7548776662466927 * UNIT)
 
 
@@ -133,7 +134,7 @@ def token_offset(rank: int, layer_id: int, num_experts: int) -> IntArray:
 
 def step_offset(step: int) -> int:
     """Return what a step adds to the offsets."""
-    return step * _STEP_STRIDE % UNIT
+    return step * STEP_STRIDE % UNIT
 
 
 def choose_slots(

@@ -17,9 +17,9 @@ from eplb.arrays import IntArray
 from eplb.errors import EplbError
 from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.group import EPGroup
+from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.lane import SideLane
 from eplb.runtime.moves import CHECKPOINT, Arrivals
-from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.row_fetch import Fetch, RowFetcher
 from eplb.runtime.spare_rows import SpareRows
 
@@ -57,8 +57,11 @@ class SwapLayer(Protocol):
     layer_id: int
     slots: ExpertSlots
     word: int
-    word_min: int
     after_dispatch: Callable[[], None] | None
+
+    @property
+    def word_min(self) -> int:
+        """See above."""
 
     def install(self, tables: Any, /) -> None:
         """Put a placement in force from the next forward on."""

@@ -12,8 +12,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 from eplb.arrays import IntArray
 from eplb.runtime.batch_work import BatchWork, SwapLayer
 from eplb.runtime.ep.group import EPGroup
-from eplb.runtime.lane import Pacer, SideLane
 from eplb.runtime.ep.peer_memory import PeerMemory
+from eplb.runtime.lane import Pacer, SideLane
 from eplb.runtime.proposal import ProposalBoard
 from eplb.runtime.row_fetch import RowFetcher, RowServer, own_host
 from eplb.runtime.spare_rows import SpareRows

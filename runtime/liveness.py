@@ -19,12 +19,11 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
 
@@ -321,7 +320,7 @@ class Liveness:
             )
         # Right away, so that the others conclude as well while this process is busy aborting.
         self._tell()
-        abort_groups(self.group)
+        self.group.abort()
 
     def _tell(self) -> None:
         own = self.group.process
@@ -341,12 +340,3 @@ class Liveness:
                 # A peer that is gone may make the system say so; its silence says it as well.
                 with contextlib.suppress(OSError):
                     self._socket.sendto(text, self._addresses[process])
-
-
-def abort_groups(group: EPGroup) -> None:
-    """End all collectives of NCCL under way; gloo's end by themselves when a peer is gone."""
-    abort: Callable[[], None]
-    for process_group in (group.process_group, group.node_group, group.rail_group):
-        if process_group is not None and dist.get_backend(process_group) == "nccl":
-            abort = process_group.abort
-            abort()

@@ -26,6 +26,7 @@ from eplb.model import MoEModel
 from eplb.plan import Plan
 from eplb.plan_file import read_plan
 from eplb.runtime.batch_work import WrongChecksum
+from eplb.runtime.ep.exchange import NO_FAULT, Told
 from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.experts import gated_layout
 from eplb.runtime.ep.layer import EPMoELayer
@@ -536,7 +537,7 @@ def switch_apart(serving, target, victim):
         os.kill(os.getpid(), signal.SIGKILL)
     if serving.group.process == (victim + 1) % serving.group.num_processes:
         # What the next forward would have said.
-        serving.layers[0].word_min = manager._transaction.word(0)
+        serving.layers[0]._words.hear([Told((manager._transaction.word(0), NO_FAULT), [], [])])
         manager.step()
         assert manager.status().stage is Stage.SWITCHED
     while True:

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from eplb.replicas import UNIT_BITS
+from eplb.replicas import STEP_STRIDE, UNIT_BITS, step_offset
 
 __all__ = ["choose_slots"]
 
@@ -32,7 +32,8 @@ def _keys(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def _choose(  # type: ignore[no-untyped-def]
     sorted_keys, order, firsts, bounds, slots, offsets, out, num_pairs, num_experts, num_sources,
-    width, num_bounds, step, bits: tl.constexpr, depth: tl.constexpr, B: tl.constexpr,
+    width, num_bounds, step, stride: tl.constexpr, step_is_there: tl.constexpr, bits: tl.constexpr,
+    depth: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
     pair = tl.program_id(0) * B + tl.arange(0, B)
     inside = pair < num_pairs
@@ -42,7 +43,9 @@ def _choose(  # type: ignore[no-untyped-def]
     count = tl.maximum(tl.load(firsts + key + 1, mask=inside, other=1) - first, 1)
     routed = inside & (key < none)
     offset = tl.load(offsets + key // num_experts * width + key % num_experts, mask=routed, other=0)
-    shift = (offset + step) % (1 << bits)
+    if step_is_there:
+        step = tl.load(step) * stride
+    shift = (offset + step) & ((1 << bits) - 1)
     place = (((pair - first).to(tl.int64) << bits) + shift) // count
     wanted = (key << bits) + place
     # The last bound that is not above: halves of the table, down to one.
@@ -63,7 +66,7 @@ def choose_slots(
     block: torch.Tensor,
     edges: torch.Tensor,
     num_experts: int,
-    step_offset: int,
+    step: int | torch.Tensor,
 ) -> torch.Tensor:
     """Return the slot of each token for each of its experts, int64 [T, K].
 
@@ -75,21 +78,22 @@ def choose_slots(
     edges : Tensor of int, shape [V * E + 2]
         0, 1, 2 and so on.
     num_experts : int
-    step_offset : int
-        Of :func:`eplb.replicas.step_offset`.
+    step : int or Tensor of int64, shape [1]
     """
     (T, top_k), (_, V, width) = topk_TK.shape, block.shape
     P, num_bounds = T * top_k, V * width
     out_TK = torch.empty(T, top_k, dtype=torch.int64, device=topk_TK.device)
     if not P:
         return out_TK
-    grid = (triton.cdiv(P, _PAIRS),)
+    grid, is_there = (triton.cdiv(P, _PAIRS),), isinstance(step, torch.Tensor)
+    now = step if isinstance(step, torch.Tensor) else step_offset(step)
     key_P = torch.empty(P, dtype=edges.dtype, device=topk_TK.device)
     _keys[grid](topk_TK, key_P, T, top_k, topk_TK.stride(0), num_experts, V, B=_PAIRS)
     sorted_P, order_P = torch.sort(key_P, stable=True)
     first_E = torch.searchsorted(sorted_P, edges)
     _choose[grid](
         sorted_P, order_P, first_E, block[0], block[1], block[2], out_TK, P, num_experts, V, width,
-        num_bounds, step_offset, bits=UNIT_BITS, depth=num_bounds.bit_length(), B=_PAIRS,
+        num_bounds, now, stride=STEP_STRIDE,
+        step_is_there=is_there, bits=UNIT_BITS, depth=num_bounds.bit_length(), B=_PAIRS,
     )  # fmt: skip
     return out_TK

@@ -17,13 +17,15 @@ import torch.distributed as dist
 
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.places import pack_rows, place_rows
-from eplb.runtime.ep.rows import sum_rows
+from eplb.runtime.ep.rows import gather_rows, sum_rows
 
-__all__ = ["NUM_WORDS", "Crossing", "Hop", "Received"]
+__all__ = ["NO_FAULT", "NUM_WORDS", "Crossing", "Hop", "Received", "Told", "sort_by_slot"]
 
 # Rows of bytes start at multiples of this, for wide loads and views of any type.
 ROW_ALIGNMENT_BYTES = 16
 NUM_WORDS = 2
+# The second word of a process without a fault; one with a fault says its number.
+NO_FAULT = torch.iinfo(torch.int64).max
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,59 @@ class Received:
     num_pairs: int
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What counts say of a batch.
+
+    Parameters
+    ----------
+    words : tuple of int
+        The minimum over processes of each word.
+    rows, pairs : list of int
+        Tokens and token-expert pairs that each of the own parts gets.
+    """
+
+    words: tuple[int, ...]
+    rows: list[int]
+    pairs: list[int]
+
+
+def sort_by_slot(
+    received: Received, first_slot: int, num_slots: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the bytes of received token-expert pairs, slot after slot; nothing waits.
+
+    Parameters
+    ----------
+    received : Received
+    first_slot, num_slots : int
+        Of this process.
+
+    Returns
+    -------
+    bytes_PB : Tensor of uint8
+    end_S : Tensor of int32
+        Where each slot's pairs end.
+    index_NK : Tensor of int64
+        The pair of each row and slot, -1 for none.
+    """
+    slot_NK = received.slot_NK
+    num_rows, top_k = slot_NK.shape
+    local_NK = torch.where(slot_NK >= 0, slot_NK - first_slot, num_slots)
+    # Few bits are sorted fast.
+    small = torch.int16 if num_slots < 1 << 15 else torch.int32
+    sorted_P, order_P = torch.sort(local_NK.flatten().to(small), stable=True)
+    place_NK = torch.empty_like(order_P).scatter_(
+        0, order_P, torch.arange(len(order_P), device=order_P.device)
+    )
+    index_NK = torch.where(slot_NK >= 0, place_NK.view(num_rows, top_k), -1)
+    bytes_PB = received.bytes_NB.new_empty(received.num_pairs, received.bytes_NB.shape[1])
+    gather_rows(received.bytes_NB, order_P[: received.num_pairs] // top_k, bytes_PB)
+    edges = torch.arange(num_slots, dtype=small, device=sorted_P.device)
+    end_S = torch.searchsorted(sorted_P, edges, right=True, out_int32=True)
+    return bytes_PB, end_S, index_NK
+
+
 class Crossing:
     """Rows of one batch on their way through a hop and back.
 
@@ -79,10 +134,8 @@ class Crossing:
 
     Attributes
     ----------
-    words : tuple of int
-        After ``learn``: the minimum of each word over the processes of the hop.
-    rows_CP, pairs_CP : list of list of int
-        After ``learn``: rows and token-expert pairs from each process to each of the own parts.
+    told : Told
+        After ``learn``.
     send_rows, receive_rows : list of int
         After ``learn``: rows to and from each process.
     received_NB : Tensor of uint8
@@ -91,9 +144,7 @@ class Crossing:
 
     def __init__(self, group: EPGroup, hop: Hop, what: str) -> None:
         self._group, self._hop, self._what = group, hop, what
-        self.words: tuple[int, ...] = ()
-        self.rows_CP: list[list[int]] = []
-        self.pairs_CP: list[list[int]] = []
+        self.told = Told((), [], [])
         self.send_rows: list[int] = []
         self.receive_rows: list[int] = []
         self._work: dist.Work | None = None
@@ -125,10 +176,13 @@ class Crossing:
         per_process = self._hop.parts_per_process
         sent_CX, received_CX = self._read_counts()
         self.send_rows = sent_CX[:, :per_process].sum(1).tolist()
-        self.rows_CP = received_CX[:, :per_process].tolist()
-        self.pairs_CP = received_CX[:, per_process : 2 * per_process].tolist()
-        self.receive_rows = [sum(rows) for rows in self.rows_CP]
-        self.words = tuple(received_CX[:, 2 * per_process :].amin(0).tolist())
+        self.receive_rows = received_CX[:, :per_process].sum(1).tolist()
+        total_X = received_CX.sum(0).tolist()
+        self.told = Told(
+            words=tuple(received_CX[:, 2 * per_process :].amin(0).tolist()),
+            rows=total_X[:per_process],
+            pairs=total_X[per_process : 2 * per_process],
+        )
 
     def post(self, bytes_TB: torch.Tensor) -> None:
         """Start the rows on their way."""
@@ -147,7 +201,7 @@ class Crossing:
             bytes_NB=rows_NB[:, :size],
             slot_NK=rows_NB[:, meta : meta + 4 * K].view(torch.int32),
             weight_NK=rows_NB[:, meta + 4 * K : meta + 8 * K].view(torch.float32),
-            num_pairs=sum(map(sum, self.pairs_CP)),
+            num_pairs=sum(self.told.pairs),
         )
 
     def post_back(self, sums_NH: torch.Tensor) -> None:

@@ -67,7 +67,7 @@ def _run_expert(
 
 def compute_experts(
     x_PH: torch.Tensor,
-    slot_P: torch.Tensor,
+    end_S: torch.Tensor,
     slots: ExpertSlots,
     activation: Activation,
 ) -> torch.Tensor:
@@ -76,9 +76,10 @@ def compute_experts(
     Parameters
     ----------
     x_PH : Tensor
-        Rows sorted by slot.
-    slot_P : Tensor of int
-        Slot of each row, of this process' slots.
+        Rows of the slots, one slot's after the other's. What is behind the last slot's end is not
+        computed.
+    end_S : Tensor of int32
+        Where each slot's rows end.
     slots : ExpertSlots
     activation : callable
         Of ``[g, u]``, shape [P, 2 x I], to [P, I].
@@ -86,20 +87,23 @@ def compute_experts(
     if not len(x_PH):
         return x_PH
     tensors = {name: slots.tensor(name) for name in slots.layout.fields}
-    edges = torch.arange(slots.num_slots, dtype=slot_P.dtype, device=slot_P.device)
-    end_S = torch.searchsorted(slot_P, edges, right=True, out_int32=True)
     # Grouped GEMMs of torch 2.11 take BF16 on GPUs.
     if not x_PH.is_cuda or x_PH.dtype != torch.bfloat16:
         return _one_by_one(x_PH, end_S.tolist(), tensors, activation)
     w13 = whole_weight(tensors, "w13", x_PH.dtype).transpose(1, 2)
     hidden = functional.grouped_mm(x_PH, w13, offs=end_S)
     if "b13" in tensors:
-        hidden += tensors["b13"][slot_P]
+        hidden += tensors["b13"][_slot_of_rows(end_S, len(x_PH))]
     w2 = whole_weight(tensors, "w2", x_PH.dtype).transpose(1, 2)
     out = functional.grouped_mm(activation(hidden), w2, offs=end_S)
     if "b2" in tensors:
-        out += tensors["b2"][slot_P]
+        out += tensors["b2"][_slot_of_rows(end_S, len(x_PH))]
     return out
+
+
+def _slot_of_rows(end_S: torch.Tensor, num_rows: int) -> torch.Tensor:
+    row_P = torch.arange(num_rows, dtype=end_S.dtype, device=end_S.device)
+    return torch.searchsorted(end_S, row_P, right=True).clamp_(max=len(end_S) - 1)
 
 
 def _one_by_one(

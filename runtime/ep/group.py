@@ -55,6 +55,8 @@ class EPGroup:
     alarm : callable or None
         Called while this process waits for others, with 0.0, and where a collective has failed,
         with how many seconds it may look into it; raises where peers are known to be dead.
+    on_abort : list of callable
+        Called by :meth:`abort`: ends of waits on the device that are not torch's.
 
     Raises
     ------
@@ -82,6 +84,7 @@ class EPGroup:
         self.device = torch.device(device)
         self.timeout_s = timeout_s
         self.alarm: Callable[[float], None] | None = None
+        self.on_abort: list[Callable[[], None]] = []
         _check_division(self.num_ranks, self.num_processes, self.ranks_per_node)
         self.num_nodes = self.num_ranks // self.ranks_per_node
         self.ranks_per_process = self.num_ranks // self.num_processes
@@ -213,6 +216,15 @@ class EPGroup:
             # Groups that were aborted end their collectives, with nothing in them.
             self.alarm(0.0)
 
+    def abort(self) -> None:
+        """End all waits for peers on the device; those of gloo end when a peer is gone."""
+        for end in self.on_abort:
+            end()
+        for process_group in (self.process_group, self.node_group, self.rail_group):
+            if process_group is not None and dist.get_backend(process_group) == "nccl":
+                abort: Callable[[], None] = process_group.abort
+                abort()
+
     def failure(self, what: str, waited_s: float) -> ServingFailed:
         """Return the error of a collective that failed, with the processes that are missing.
 
@@ -225,6 +237,8 @@ class EPGroup:
         """
         if self.alarm is not None:
             self.alarm(ALARM_S)
+        for end in self.on_abort:
+            end()
         missing = self._roll_call()
         who = (
             f"no word from process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))}"

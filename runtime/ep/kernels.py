@@ -13,7 +13,15 @@ import triton.language as tl
 
 from eplb.runtime.ep.payload import BLOCK, FP8_MAX
 
-__all__ = ["as_words", "decode_fp8", "encode_fp8", "gated_silu", "gather_rows", "sum_rows"]
+__all__ = [
+    "as_words",
+    "decode_fp8",
+    "encode_fp8",
+    "gated_silu",
+    "gather_rows",
+    "mark_unsound",
+    "sum_rows",
+]
 
 _COLUMNS = 1024
 # The widest words first; rows of bytes are copied in the widest that they divide into.
@@ -164,3 +172,19 @@ def decode_fp8(values_NH: torch.Tensor, scale_NG: torch.Tensor, dtype: torch.dty
         at_once=_BLOCKS_AT_ONCE, width=BLOCK,
     )  # fmt: skip
     return out_NH
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mark_unsound(x, fault, number, process, B: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
+    value = tl.load(x + at, mask=at < number, other=0.0).to(tl.float32)
+    # Zero, unless the value is infinite or not a number.
+    if tl.sum((value - value == 0.0).to(tl.int32)) < B:
+        tl.atomic_min(fault, process)
+
+
+def mark_unsound(x: torch.Tensor, fault: torch.Tensor, process: int) -> None:
+    """Lower ``fault``, int64, to this process' number if a value is not finite."""
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), 4 * _COLUMNS),)
+        _mark_unsound[grid](x, fault, x.numel(), process, B=4 * _COLUMNS)

@@ -14,19 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from eplb.errors import InvalidInput, ServingFailed
-from eplb.runtime.ep.exchange import Crossing, Hop, Received
+from eplb.errors import InvalidInput
+from eplb.runtime.ep.exchange import NO_FAULT, Crossing, Hop, Told, sort_by_slot
 from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.experts import Activation, compute_experts, gated_silu
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.payload import Payload
-from eplb.runtime.ep.rows import gather_rows, sum_rows
-from eplb.runtime.ep.tables import PlacementTables
+from eplb.runtime.ep.peer_buffers import PeerBuffers
+from eplb.runtime.ep.rows import sum_rows
+from eplb.runtime.ep.tables import PlacementTables, count_experts
+from eplb.runtime.ep.words import Words
 
 __all__ = ["EPMoELayer"]
-
-# A process without a fault says this.
-_NO_FAULT = torch.iinfo(torch.int64).max
 
 Steps = Generator[None, None, torch.Tensor]
 
@@ -55,23 +54,22 @@ class EPMoELayer(nn.Module):
         group must have been made with ``nodes=True``.
     micro_batches : int
         1, or 2: the tokens in two halves, one half's exchanges under the other's computation.
+    peers : PeerBuffers, optional
+        Exchange over peer memory, within a node if ``by_node``, instead of by collectives. Layers
+        that run one after the other share it.
+    padded : bool
+        Compute in buffers of the largest size, so that a forward waits for nothing on the host and
+        can be captured in a CUDA graph: for decoding, with ``peers`` of one node. What a forward
+        raises and tells otherwise is raised and told where :attr:`word_min` is read.
     recorder : Recorder, optional
         Of :mod:`eplb.profiles.recorder`; it is shown every token's experts.
 
     Attributes
     ----------
-    word : int
-        Sent to all processes with the counts of every forward.
-    word_min : int
-        The minimum of all processes' words in the last forward.
     before_step : callable or None
         Called at the start of every forward, before anything is routed.
     after_dispatch : callable or None
         Called whenever the stream has been given a dispatch, ahead of the experts' computation.
-    step : int
-        Number of forwards so far.
-    received_rows, received_pairs : list of int
-        Of the last forward, for each rank of this process.
 
     Raises
     ------
@@ -92,6 +90,8 @@ class EPMoELayer(nn.Module):
         activation: Activation = gated_silu,
         by_node: bool = False,
         micro_batches: int = 1,
+        peers: PeerBuffers | None = None,
+        padded: bool = False,
         recorder: object | None = None,
     ) -> None:
         super().__init__()
@@ -103,31 +103,43 @@ class EPMoELayer(nn.Module):
             )
         if micro_batches not in {1, 2}:
             raise InvalidInput(f"micro_batches must be 1 or 2, got {micro_batches}")
-        self.group, self.slots, self.router = group, slots, router
+        if padded and (peers is None or by_node):
+            raise InvalidInput(
+                "padded sizes need peers=PeerBuffers(...) of one node; leave padded out where rows "
+                "go between nodes"
+            )
+        self.slots, self.router = slots, router
         self.tables = tables.clone()
         self.layer_id = tables.layer_id
         self.payload = Payload(payload, hidden_size)
+        if peers is not None:
+            peers.check_layer(self.payload, self.tables, micro_batches)
         self.shared_expert, self.activation = shared_expert, activation
         self.micro_batches, self.recorder = micro_batches, recorder
-        self.word = self.word_min = 0
+        self.padded = padded
         self.before_step: Callable[[], None] | None = None
         self.after_dispatch: Callable[[], None] | None = None
-        self.step = 0
-        self.received_rows = self.received_pairs = [0] * group.ranks_per_process
         self._by_node = by_node
-        self._first_slot = group.first_rank * tables.slots_per_rank
-        self._hops = _hops(group, tables.slots_per_rank, by_node=by_node)
+        self._enter(group, peers)
 
-    def join(self, group: EPGroup, tables: PlacementTables) -> None:
+    def join(
+        self, group: EPGroup, tables: PlacementTables, peers: PeerBuffers | None = None
+    ) -> None:
         """Go on in another group, with the same slots. Exchanges are by node where it has such.
 
-        Tables come to lie elsewhere, so graphs that were captured are void.
+        Tables come to lie elsewhere, so graphs that were captured are void; sizes are exact.
         """
-        by_node = self._by_node and group.node_group is not None
-        self.group, self.tables = group, tables.clone()
-        self.word = self.word_min = 0
-        self._first_slot = group.first_rank * tables.slots_per_rank
-        self._hops = _hops(group, tables.slots_per_rank, by_node=by_node)
+        self.tables = tables.clone()
+        self.padded = False
+        self._by_node = self._by_node and group.node_group is not None
+        self._enter(group, peers)
+
+    def _enter(self, group: EPGroup, peers: PeerBuffers | None) -> None:
+        slots_per_rank = self.tables.slots_per_rank
+        self.group, self._peers = group, peers
+        self._first_slot = group.first_rank * slots_per_rank
+        self._hops = _hops(group, slots_per_rank, by_node=self._by_node)
+        self._words = Words(group, self.layer_id, peers, self.micro_batches)
 
     def install(self, tables: PlacementTables) -> None:
         """Put another placement in force from the next forward on; its rows must be in the slots.
@@ -151,129 +163,182 @@ class EPMoELayer(nn.Module):
         if self.before_step is not None:
             self.before_step()
         x_TH = x.reshape(-1, x.shape[-1])
-        words = self._words(x_TH)
+        self._words.mark_unsound(x_TH)
         parts = x_TH.chunk(2) if self.micro_batches == 2 and len(x_TH) > 1 else (x_TH,)
         # Every process sends equally many batches, be they empty.
         batches = [*parts, *[x_TH[:0]] * (self.micro_batches - len(parts))]
-        self._seen_rows: list[list[int]] = []
-        self._seen_pairs: list[list[int]] = []
-        self._seen_words: list[int] = []
+        told: list[Told] = []
         results = _interleave(
-            [self._steps(batch, words, number) for number, batch in enumerate(batches)]
+            [self._steps(batch, number, told) for number, batch in enumerate(batches)]
         )
-        self.word_min = min(self._seen_words)
-        self.received_rows = [sum(rows) for rows in zip(*self._seen_rows, strict=True)]
-        self.received_pairs = [sum(pairs) for pairs in zip(*self._seen_pairs, strict=True)]
-        self.step += 1
+        self._words.is_behind = self.padded
+        if not self.padded:
+            self._words.hear(told)
+        self._words.step += 1
         y_TH = results[0] if len(results) == 1 else torch.cat(results)
         return y_TH.to(x.dtype).view(x.shape)
 
-    def _words(self, x_TH: torch.Tensor) -> torch.Tensor:
-        """Return the word, and this process' number if it has numbers that are none."""
-        sound = torch.isfinite(x_TH.sum(dtype=torch.float32))
-        fault = torch.where(sound, _NO_FAULT, self.group.process)
-        return torch.stack([torch.full_like(fault, self.word), fault])
+    @property
+    def word(self) -> int:
+        """Sent to all processes with the counts of every forward from the next on."""
+        return self._words.word
 
-    def _steps(self, x_TH: torch.Tensor, words: torch.Tensor, number: int) -> Steps:
+    @word.setter
+    def word(self, word: int) -> None:
+        self._words.word = word
+
+    @property
+    def word_min(self) -> int:
+        """The minimum of all processes' words in the last forward.
+
+        Raises
+        ------
+        ServingFailed
+            Where padded, what :meth:`forward` raises otherwise.
+        """
+        return self._words.heard().words[0]
+
+    @property
+    def received_rows(self) -> list[int]:
+        """Tokens that each rank of this process got in the last forward."""
+        return self._words.heard().rows
+
+    @property
+    def received_pairs(self) -> list[int]:
+        """Token-expert pairs that each rank of this process got in the last forward."""
+        return self._words.heard().pairs
+
+    @property
+    def step(self) -> int:
+        """Number of forwards so far."""
+        return self._words.step
+
+    def _steps(self, x_TH: torch.Tensor, number: int, told: list[Told]) -> Steps:
         """Run one batch; yields wherever something is under way that others can hide."""
         topk_TK, weight_TK = self.router(x_TH)
         if self.recorder is not None:
             self.recorder.observe(self.layer_id, topk_TK)  # type: ignore[attr-defined]
         if self.tables.split == "batch":
-            yield from self._fit_batch(topk_TK)
-        slot_TK = self.tables.choose_slots(topk_TK, self.step * self.micro_batches + number)
+            yield from self._fit_batch(topk_TK, number)
+        slot_TK = self.tables.choose_slots(topk_TK, self._turn(number))
         bytes_TB = self.payload.encode(x_TH)
-        y_TH = yield from self._cross(
-            list(self._hops), bytes_TB, slot_TK, weight_TK.float(), words, x_TH
-        )
+        rows = bytes_TB, slot_TK, weight_TK.float(), self._words.sent
+        y_TH = yield from self._cross(list(self._hops), rows, number, told, x_TH)
         return y_TH
 
-    def _fit_batch(self, topk_TK: torch.Tensor) -> Generator[None, None, None]:
+    def _turn(self, number: int) -> int | torch.Tensor:
+        """Return what tells apart whose turn a remainder is: a number of batches."""
+        if self.padded:
+            # A captured forward has no other number that changes.
+            assert self._peers is not None
+            return self._peers.mailboxes[number].epoch
+        return self.step * self.micro_batches + number
+
+    def _fit_batch(self, topk_TK: torch.Tensor, number: int) -> Generator[None, None, None]:
         """Fit the fractions of replicas to the tokens of all processes."""
-        num_experts = self.tables.num_experts
-        key_P = torch.where(topk_TK < 0, num_experts, topk_TK).flatten().long()
-        count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=key_P.device)
-        count_E = count_E.scatter_add_(0, key_P, torch.ones_like(key_P))[:-1]
-        with self.group.watched(f"counts of experts of layer {self.layer_id}, step {self.step}"):
-            work = dist.all_reduce(count_E, group=self.group.process_group, async_op=True)
-            yield
-            work.wait()
+        count_E = count_experts(topk_TK, self.tables.num_experts)
+        if self._peers is not None and not self._by_node:
+            self._peers.add_up(number, count_E)
+        else:
+            with self.group.watched(self._words.name("counts of experts")):
+                work = dist.all_reduce(count_E, group=self.group.process_group, async_op=True)
+                yield
+                work.wait()
         self.tables.fit_batch(count_E)
 
     def _cross(
         self,
         hops: list[Hop],
-        bytes_TB: torch.Tensor,
-        slot_TK: torch.Tensor,
-        weight_TK: torch.Tensor,
-        words: torch.Tensor,
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        number: int,
+        told: list[Told],
         x_TH: torch.Tensor | None,
     ) -> Steps:
-        """Send rows through the hops that are left, have them computed, and add up what returns."""
+        """Send rows through the hops that are left, have them computed, and add up what returns.
+
+        ``x_TH`` is given in the first hop.
+        """
         hop, *rest = hops
+        if not rest and self._peers is not None:
+            return (yield from self._cross_to_peers(hop, rows, number, told, x_TH))
+        bytes_TB, slot_TK, weight_TK, words = rows
         crossing = Crossing(self.group, hop, f"layer {self.layer_id}, step {self.step}")
         crossing.count(slot_TK, weight_TK, words)
         yield
         crossing.learn()
         crossing.post(bytes_TB)
         if rest:
-            words = torch.tensor(crossing.words, device=words.device)
+            words = torch.tensor(crossing.told.words, device=words.device)
         else:
-            self._learn(crossing)
-        shared_TH = None
-        if x_TH is not None and self.shared_expert is not None:
-            shared_TH = self.shared_expert(x_TH)
+            self._take(told, crossing.told)
+        shared_TH = self._share(x_TH)
         yield
         received = crossing.receive()
         if rest:
-            sums_NH = yield from self._cross(
-                rest, received.bytes_NB, received.slot_NK, received.weight_NK, words, None
-            )
+            inner = received.bytes_NB, received.slot_NK, received.weight_NK, words
+            sums_NH = yield from self._cross(rest, inner, number, told, None)
         else:
-            if self.after_dispatch is not None:
-                self.after_dispatch()
-            sums_NH = self._compute(received)
+            bytes_PB, end_S, index_NK = sort_by_slot(
+                received, self._first_slot, self.slots.num_slots
+            )
+            out_PH = self._compute(self.payload.decode(bytes_PB), end_S)
+            sums_NH = sum_rows(out_PH, index_NK, received.weight_NK, self.payload.dtype)
         crossing.post_back(sums_NH)
         yield
+        return self._add(crossing.finish, x_TH, shared_TH)
+
+    def _cross_to_peers(
+        self,
+        hop: Hop,
+        rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        number: int,
+        told: list[Told],
+        x_TH: torch.Tensor | None,
+    ) -> Steps:
+        """Do the same over peer memory, where counts come with the rows."""
+        assert self._peers is not None
+        crossing = self._peers.crossing(
+            number, self._words.told_at[number], hop.first_slot,
+            beside=self.micro_batches > 1 or self.shared_expert is not None, padded=self.padded,
+        )  # fmt: skip
+        crossing.start(*rows)
+        shared_TH = self._share(x_TH)
+        yield
+        if not self.padded:
+            self._take(told, crossing.learn(self._words.name("counts")))
+        pairs_PH, end_S = crossing.pairs()
+        crossing.give_back(self._compute(pairs_PH, end_S))
+        yield
+        return self._add(crossing.finish, x_TH, shared_TH)
+
+    def _take(self, told: list[Told], one: Told) -> None:
+        """Keep what a batch's counts say; a fault ends the forward, on every process."""
+        told.append(one)
+        if one.words[1] != NO_FAULT:
+            self._words.hear(told)
+
+    def _share(self, x_TH: torch.Tensor | None) -> torch.Tensor | None:
+        if x_TH is None or self.shared_expert is None:
+            return None
+        return self.shared_expert(x_TH)
+
+    def _compute(self, x_PH: torch.Tensor, end_S: torch.Tensor) -> torch.Tensor:
+        if self.after_dispatch is not None:
+            self.after_dispatch()
+        return compute_experts(x_PH, end_S, self.slots, self.activation)
+
+    def _add(
+        self,
+        finish: Callable[[torch.dtype], torch.Tensor],
+        x_TH: torch.Tensor | None,
+        shared_TH: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return the sum of what came back, and of the shared expert's output."""
         if x_TH is None:
-            return crossing.finish(self.payload.dtype)
+            return finish(self.payload.dtype)
         if shared_TH is None:
-            return crossing.finish(x_TH.dtype)
-        return crossing.finish(torch.float32) + shared_TH
-
-    def _learn(self, crossing: Crossing) -> None:
-        """Note what the counts say; the same on every process."""
-        word_min, fault = crossing.words
-        self._seen_words.append(word_min)
-        self._seen_rows.append([sum(rows) for rows in zip(*crossing.rows_CP, strict=True)])
-        self._seen_pairs.append([sum(pairs) for pairs in zip(*crossing.pairs_CP, strict=True)])
-        if fault != _NO_FAULT:
-            raise ServingFailed(
-                f"layer {self.layer_id}, step {self.step}: activations on process {fault} are not "
-                "finite (NaN or infinite); look for the cause in the layers before this one"
-            )
-
-    def _compute(self, received: Received) -> torch.Tensor:
-        """Return for each row the weighted sum of its experts' outputs, [N, H]."""
-        slot_NK = received.slot_NK
-        num_rows, top_k = slot_NK.shape
-        dtype = self.payload.dtype
-        none = self.slots.num_slots
-        local_NK = torch.where(slot_NK >= 0, slot_NK - self._first_slot, none)
-        # Few bits are sorted fast.
-        small = torch.int16 if none < 1 << 15 else torch.int32
-        sorted_P, order_P = torch.sort(local_NK.flatten().to(small), stable=True)
-        place_NK = torch.empty_like(order_P).scatter_(
-            0, order_P, torch.arange(len(order_P), device=order_P.device)
-        )
-        index_NK = torch.where(slot_NK >= 0, place_NK.view(num_rows, top_k), -1)
-        num_pairs = received.num_pairs
-        bytes_PB = received.bytes_NB.new_empty(num_pairs, received.bytes_NB.shape[1])
-        gather_rows(received.bytes_NB, order_P[:num_pairs] // top_k, bytes_PB)
-        out_PH = compute_experts(
-            self.payload.decode(bytes_PB), sorted_P[:num_pairs].int(), self.slots, self.activation
-        )
-        return sum_rows(out_PH, index_NK, received.weight_NK, dtype)
+            return finish(x_TH.dtype)
+        return finish(torch.float32) + shared_TH
 
 
 def _hops(group: EPGroup, slots_per_rank: int, *, by_node: bool) -> tuple[Hop, ...]:

@@ -63,7 +63,7 @@ class Payload:
         if self.kind != "fp8":
             return x_NH.to(self.dtype).contiguous().view(torch.uint8)
         bytes_NB = torch.empty(len(x_NH), self.num_bytes, dtype=torch.uint8, device=x_NH.device)
-        values_NH, scale_NG = self._fp8(bytes_NB)
+        values_NH, scale_NG = self.fp8_parts(bytes_NB)
         if x_NH.is_cuda:
             from eplb.runtime.ep import kernels  # noqa: PLC0415  (Triton is there with GPUs only)
 
@@ -81,7 +81,7 @@ class Payload:
             return torch.empty(0, self.hidden_size, dtype=self.dtype, device=bytes_NB.device)
         if self.kind != "fp8":
             return bytes_NB.view(self.dtype)
-        values_NH, scale_NG = self._fp8(bytes_NB)
+        values_NH, scale_NG = self.fp8_parts(bytes_NB)
         if bytes_NB.is_cuda:
             from eplb.runtime.ep import kernels  # noqa: PLC0415
 
@@ -89,8 +89,8 @@ class Payload:
         scaled_NGB = self._blocks(values_NH.float()) * scale_NG[:, :, None]
         return scaled_NGB.flatten(1)[:, : self.hidden_size].to(self.dtype)
 
-    def _fp8(self, bytes_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the values [N, H] and scales [N, G] in rows of bytes, as views."""
+    def fp8_parts(self, bytes_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return FP8 values [N, H] and scales [N, G] in rows of bytes, as views."""
         # Scales are float32 and lie at multiples of their size.
         scales_at = -(-self.hidden_size // 4) * 4
         values_NH = bytes_NB[:, : self.hidden_size].view(torch.float8_e4m3fn)

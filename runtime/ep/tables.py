@@ -24,7 +24,7 @@ from eplb.runtime.ep.agreement import check_plan_of_group
 from eplb.runtime.ep.batch_split import BatchPhases, begin_of_replicas, first_on_rank
 from eplb.runtime.ep.group import EPGroup
 
-__all__ = ["PlacementTables"]
+__all__ = ["PlacementTables", "count_experts"]
 
 _UNIT = 1 << UNIT_BITS
 
@@ -188,18 +188,20 @@ class PlacementTables:
         wide_VX.scatter_(1, place_P.expand(self.num_sources, -1), shifted_VP)
         self.block[0].copy_(wide_VX[:, :width])
 
-    def choose_slots(self, topk_TK: torch.Tensor, step: int = 0) -> torch.Tensor:
+    def choose_slots(self, topk_TK: torch.Tensor, step: int | torch.Tensor = 0) -> torch.Tensor:
         """Return the slot that each token goes to for each of its experts, int64 [T, K].
 
         Tokens belong to the process' ranks in equal parts, in order. The same function as
-        :func:`eplb.replicas.choose_slots`; nothing waits for the device.
+        :func:`eplb.replicas.choose_slots`; nothing waits for the device. On a GPU the step may be
+        there, int64 [1].
         """
         if topk_TK.is_cuda:
             from eplb.runtime.ep import choice_kernels  # noqa: PLC0415
 
             return choice_kernels.choose_slots(
-                topk_TK, self.block, self._edges, self.num_experts, step_offset(step)
+                topk_TK, self.block, self._edges, self.num_experts, step
             )
+        step = int(step)
         num_tokens, top_k = topk_TK.shape
         E, V = self.num_experts, self.num_sources
         bound_VX, slot_VX = self.block[0].flatten(), self.block[1].flatten()
@@ -219,6 +221,13 @@ class PlacementTables:
         found_P = torch.searchsorted(bound_VX, (key_P << UNIT_BITS) + place_P, right=True) - 1
         slot_P = torch.where(key_P < V * E, slot_VX[found_P], -1)
         return slot_P.view(num_tokens, top_k)
+
+
+def count_experts(topk_TK: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Return how many of these tokens each expert gets, int64 [E]; ids below 0 are none."""
+    key_P = torch.where(topk_TK < 0, num_experts, topk_TK).flatten().long()
+    count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=key_P.device)
+    return count_E.scatter_add_(0, key_P, torch.ones_like(key_P))[:-1]
 
 
 def _one_a_rank(phys_to_log_S: IntArray, num_experts: int, slots_per_rank: int) -> FloatArray:

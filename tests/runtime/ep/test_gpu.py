@@ -109,9 +109,10 @@ def test_experts_in_slots_are_multiplied_as_one_by_one(dtype, biases):
     wide = torch.float32 if dtype == torch.float32 else torch.bfloat16
     # Some slots get nothing.
     slot_P = torch.tensor([0] * 5 + [2] * 300 + [3] + [6] * 40)
+    end_S = torch.bincount(slot_P, minlength=7).cumsum(0).int()
     x_PH = torch.randn(len(slot_P), 256).to(wide)
-    expected = compute_experts(x_PH.float(), slot_P, _as_float(slots), gated_silu)
-    found = compute_experts(x_PH.to(DEVICE), slot_P.to(DEVICE), on_gpu, gated_silu)
+    expected = compute_experts(x_PH.float(), end_S, _as_float(slots), gated_silu)
+    found = compute_experts(x_PH.to(DEVICE), end_S.to(DEVICE), on_gpu, gated_silu)
     assert relative_error(found.cpu(), expected) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
