@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from table_format import markdown_table, measured_on
+
 RESULTS = Path(__file__).parent / "results" / "follow.json"
 
 Row = dict[str, Any]
@@ -15,11 +17,6 @@ Row = dict[str, Any]
 def _rows(part: str) -> list[Row]:
     rows: list[Row] = json.loads(RESULTS.read_text())["results"][part]
     return rows
-
-
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def policies() -> str:
@@ -40,7 +37,7 @@ def policies() -> str:
     head = [""]
     for recording in recordings:
         head += [f"{recording}: imbalance", "moved at a decision, mean (most)"]
-    return _markdown([*head, f"{recordings[-1]}, steps 260-279"], body) + measured_on()
+    return markdown_table([*head, f"{recordings[-1]}, steps 260-279"], body) + measured_on(RESULTS)
 
 
 def limits() -> str:
@@ -61,7 +58,7 @@ def _by_recording(part: str, title: str, label: Callable[[str], str]) -> str:
         [label(name), *(f"{of[name, r]['imbalance_mean']:.4f}" for r in recordings)]
         for name in dict.fromkeys(row["policy"] for row in rows)
     ]
-    return _markdown([title, *recordings], body)
+    return markdown_table([title, *recordings], body)
 
 
 def jumps() -> str:
@@ -79,16 +76,7 @@ def jumps() -> str:
             for rate in row["alarms"]
         ]
     head = ["recording", "rate", "alarms", "least p value", "alarms, steps permuted"]
-    return _markdown(head, body)
-
-
-def measured_on() -> str:
-    """Return on what it was measured."""
-    found = json.loads(RESULTS.read_text())["environment"]
-    return (
-        f"\n{found['processor']}, {found['cores']} cores shared with other work (load average "
-        f"{found['load_average']:.1f}), Python {found['python']}, {found['date'][:10]}.\n"
-    )
+    return markdown_table(head, body)
 
 
 FOLLOW_TABLES: dict[str, Callable[[], str]] = {

@@ -7,17 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from table_format import markdown_table
+
 RESULTS = Path(__file__).parent / "results" / "moves.json"
 
 
 def _report() -> dict[str, Any]:
     report: dict[str, Any] = json.loads(RESULTS.read_text())
     return report
-
-
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _measured_on(report: dict[str, Any]) -> str:
@@ -49,7 +46,7 @@ def schedules() -> str:
     head = ["new plan", "spare slots a rank", "experts moved", "GB", "change-overs",
             "rounds / least", "staged at most", "s / busiest rank's",
             "CPU ms to schedule"]  # fmt: skip
-    return _markdown(head, body) + _measured_on(report)
+    return markdown_table(head, body) + _measured_on(report)
 
 
 def repairs() -> str:
@@ -69,7 +66,7 @@ def repairs() -> str:
     ]
     head = ["lost", "experts loaded / least", "GB", "moved besides", "imbalance", "planned anew",
             "CPU ms to repair"]  # fmt: skip
-    return _markdown(head, body) + _measured_on(report)
+    return markdown_table(head, body) + _measured_on(report)
 
 
 def resizes() -> str:
@@ -91,7 +88,7 @@ def resizes() -> str:
     ]
     head = ["", "within", "forced", "experts moved", "GB", "imbalance",
             "free optimum, its moves", "rounds, s (1 spare slot)", "CPU s to plan"]  # fmt: skip
-    return _markdown(head, body) + _measured_on(report)
+    return markdown_table(head, body) + _measured_on(report)
 
 
 def curves() -> str:
@@ -105,7 +102,7 @@ def curves() -> str:
             moves, value = max(point for point in curve if point[0] <= limit)
             body.append([name, f"{100 * part:.0f}%", str(moves), f"{value:.4f}"])
     head = ["", "of the moves that are not forced", "experts moved", "imbalance"]
-    return _markdown(head, body) + _measured_on(report)
+    return markdown_table(head, body) + _measured_on(report)
 
 
 MOVE_TABLES: dict[str, Callable[[], str]] = {

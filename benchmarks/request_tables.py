@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from table_format import markdown_table
+
 __all__ = ["REQUEST_TABLES"]
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,11 +28,6 @@ def _environment() -> str:
     )
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _interval(figures: dict[str, float], name: str, digits: int = 3) -> str:
     return f"{figures[name]:.{digits}f} ({figures[f'{name}_ci95']:.{digits}f})"
 
@@ -43,7 +40,7 @@ def _comparison(phase: str, columns: dict[str, Callable[[dict[str, float]], str]
         for name, figures in report["policies"].items():
             shown = f"**{name}**" if name in OURS[phase] else name
             body.append([report["name"], shown, *(show(figures) for show in columns.values())])
-    return _markdown(["trace", "policy", *columns], body)
+    return markdown_table(["trace", "policy", *columns], body)
 
 
 def decode() -> str:
@@ -98,7 +95,7 @@ def assign() -> str:
         "gap, both together (worst)",
         "ms, median (least)",
     ]
-    return _markdown(head, body) + _environment()
+    return markdown_table(head, body) + _environment()
 
 
 def place() -> str:
@@ -113,7 +110,7 @@ def place() -> str:
         elif row["what"].startswith("replay"):
             what = f"replay of {row['requests']:,} requests on 144 ranks, {row['name']}"
             body.append([what, f"{row['seconds']:.1f} s"])
-    return _markdown(["", "time"], body) + _environment()
+    return markdown_table(["", "time"], body) + _environment()
 
 
 def sensitivity() -> str:
@@ -136,7 +133,7 @@ def sensitivity() -> str:
         ])  # fmt: skip
     head = ["phase", "trace", "attention", "sending", "eplb: step balance", "eplb-static / eplb",
             "best other / eplb", "worst other / eplb"]  # fmt: skip
-    return _markdown(head, body)
+    return markdown_table(head, body)
 
 
 def disturbances() -> str:
@@ -155,7 +152,7 @@ def disturbances() -> str:
         ]
         for row in reports
     ]
-    return _markdown(["trace", "", *names], body)
+    return markdown_table(["trace", "", *names], body)
 
 
 def cost() -> str:
@@ -177,7 +174,7 @@ def cost() -> str:
     body.append(["memory copy", f"{results['memory']['bytes_per_s'] / 1e12:.2f} TB/s", "", ""])
     head = ["", "rate", "fixed time", "worst error of the line"]
     note = f"\n{measured['device']}, torch {measured['torch']}, {measured['date'][:10]}.\n"
-    return _markdown(head, body) + note
+    return markdown_table(head, body) + note
 
 
 REQUEST_TABLES: dict[str, Callable[[], str]] = {

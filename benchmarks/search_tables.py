@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from table_format import markdown_table, measured_on
+
 RESULTS = Path(__file__).parent / "results" / "search.json"
 UNSEEN = RESULTS.with_name("unseen.json")
 
@@ -16,23 +18,20 @@ def _rows(part: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
 def _by_unit(part: str) -> str:
     """One row a deployment, one column a solver: mean / worst."""
     rows = _rows(part)
     solvers = list(dict.fromkeys(row["solver"] for row in rows))
     of = {(r["unit"], r["solver"]): f"{r['mean']:.4f} / {r['worst']:.4f}" for r in rows}
     units = dict.fromkeys(row["unit"] for row in rows)
-    return _markdown(["", *solvers], [[unit, *(of[unit, s] for s in solvers)] for unit in units])
+    return markdown_table(
+        ["", *solvers], [[unit, *(of[unit, s] for s in solvers)] for unit in units]
+    )
 
 
 def scenarios() -> str:
     """Return the table of four scenarios fitted, six arrays scored."""
-    return _by_unit("scenarios") + measured_on()
+    return _by_unit("scenarios") + measured_on(RESULTS)
 
 
 def left_out() -> str:
@@ -51,7 +50,7 @@ def steps() -> str:
     }  # fmt: skip
     cases = dict.fromkeys(key[:3] for key in of)
     body = [[*case, *(of.get((*case, s), "") for s in solvers)] for case in cases]
-    return _markdown(["recording", "", "split", *solvers], body)
+    return markdown_table(["recording", "", "split", *solvers], body)
 
 
 def nearest() -> str:
@@ -68,7 +67,7 @@ def nearest() -> str:
     ]
     head = ["", "planned for even, under even", "planned for even, under nearest",
             "planned for nearest, under nearest", "of the cost comes back"]  # fmt: skip
-    return _markdown(head, body)
+    return markdown_table(head, body)
 
 
 def one_load() -> str:
@@ -85,7 +84,7 @@ def one_load() -> str:
         for row in _rows("one_load")
     ]
     head = ["", "solver", "imbalance, mean", "bound", "gap, mean over layers", "gap, worst layer"]
-    return _markdown(head, body)
+    return markdown_table(head, body)
 
 
 def statistics() -> str:
@@ -95,7 +94,7 @@ def statistics() -> str:
         for row in _rows("statistics")
     ]
     head = ["minimised", "mean", "cvar", "worst", "bound of what is minimised"]
-    return _markdown(head, body)
+    return markdown_table(head, body)
 
 
 def unseen() -> str:
@@ -111,16 +110,7 @@ def unseen() -> str:
         for number, row in enumerate(rows)
     ]
     head = ["", "mean", "drift_a", "shift_a", "difference", "standard error"]
-    return _markdown(head, body)
-
-
-def measured_on() -> str:
-    """Return on what it was measured."""
-    found = json.loads(RESULTS.read_text())["environment"]
-    return (
-        f"\n{found['processor']}, {found['cores']} cores shared with other work (load average "
-        f"{found['load_average']:.1f}), Python {found['python']}, {found['date'][:10]}.\n"
-    )
+    return markdown_table(head, body)
 
 
 SEARCH_TABLES: dict[str, Callable[[], str]] = {

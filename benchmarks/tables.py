@@ -19,6 +19,7 @@ from hot_swap_tables import HOT_SWAP_TABLES
 from move_tables import MOVE_TABLES
 from request_tables import REQUEST_TABLES
 from search_tables import SEARCH_TABLES
+from table_format import markdown_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -42,11 +43,6 @@ _TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def _report(name: str) -> tuple[Any, dict[str, Any]]:
     report = json.loads((RESULTS / name).read_text())
     return report["results"], report["environment"]
-
-
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _measured_on(environment: dict[str, Any]) -> str:
@@ -73,7 +69,7 @@ def greedy() -> str:
     ]
     head = ["", "policy", "solver", "imbalance, mean", "worst layer",
             "layers worse / better than DeepSeek's", "ms, median (least)"]  # fmt: skip
-    return _markdown(head, body) + _measured_on(environment)
+    return markdown_table(head, body) + _measured_on(environment)
 
 
 def greedy_short() -> str:
@@ -90,7 +86,7 @@ def greedy_short() -> str:
     solvers = list(dict.fromkeys(solver for _, solver in by_name))
     deployments = dict.fromkeys(deployment for deployment, _ in by_name)
     body = [[d, *(by_name[d, solver] for solver in solvers)] for d in deployments]
-    return _markdown(["", *solvers], body)
+    return markdown_table(["", *solvers], body)
 
 
 def timings() -> str:
@@ -100,7 +96,7 @@ def timings() -> str:
         [f"`{label}`", f"{figures['median_ms']:.2f}", f"{figures['min_ms']:.2f}"]
         for label, figures in results.items()
     ]
-    return _markdown(["benchmark", "ms, median", "least"], body) + _measured_on(environment)
+    return markdown_table(["benchmark", "ms, median", "least"], body) + _measured_on(environment)
 
 
 def vllm_policy() -> str:
@@ -119,7 +115,7 @@ def vllm_policy() -> str:
         for row in results
     ]
     head = ["recording", "", "policy", "solver", "ms, median", "experts moved", "imbalance, mean"]
-    return _markdown(head, body) + _measured_on(environment)
+    return markdown_table(head, body) + _measured_on(environment)
 
 
 def recorder_cost() -> str:
@@ -136,7 +132,7 @@ def recorder_cost() -> str:
         f"transformers {environment['transformers']}, {environment['date'][:10]}.\n"
     )
     head = ["step", "ms without", "ms recording", "difference", "steps each"]
-    return _markdown(head, body) + measured_on
+    return markdown_table(head, body) + measured_on
 
 
 def exact() -> str:
@@ -156,7 +152,7 @@ def exact() -> str:
     ]
     head = ["split", "windows", "experts", "", "proven", "worst gap", "s, median"]
     return (
-        _markdown(head, body)
+        markdown_table(head, body)
         + f"\nAt most {report['time_limit_s']:g} s a layer, two nodes; "
         + _shared_machine(report["environment"])
     )
@@ -179,7 +175,7 @@ def exact_pairs() -> str:
     ]
     head = ["split", "solver", "imbalance, mean", "bound", "gap, mean over layers", "worst layer",
             "layers proven"]  # fmt: skip
-    return _markdown(head, body) + "\n" + _shared_machine(report["environment"])
+    return markdown_table(head, body) + "\n" + _shared_machine(report["environment"])
 
 
 def _shared_machine(environment: dict[str, Any]) -> str:
@@ -205,7 +201,7 @@ def report_page() -> str:
     ]
     head = ["", "layers x windows", "s, least (median)", "of it processor", "MB",
             "s to draw, Chromium"]  # fmt: skip
-    return _markdown(head, body) + _measured_on(environment)
+    return markdown_table(head, body) + _measured_on(environment)
 
 
 TABLES: dict[str, Callable[[], str]] = {

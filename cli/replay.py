@@ -13,7 +13,6 @@ import numpy as np
 from eplb.cli.moves import charge_options
 from eplb.cli.options import (
     Fraction,
-    Machine,
     Name,
     Seconds,
     as_json,
@@ -21,8 +20,8 @@ from eplb.cli.options import (
     read_windows,
     windows_option,
 )
+from eplb.cli.problem_options import model_of, problem_options, topology_of
 from eplb.errors import InvalidInput
-from eplb.model import MODEL_PRESETS
 from eplb.placement.replay import POLICIES, ReplayOptions, replay
 from eplb.split import SPLIT_RULES
 
@@ -86,13 +85,7 @@ FORMATS = ("png", "svg", "pdf")
 )
 @click.option("--plans", type=click.Path(), metavar="DIR", help="Write the plan of each decision.")
 @click.option("--plot", type=click.Path(), metavar="FILE", help="Draw it: .png, .svg or .pdf.")
-@click.option("--nodes", type=click.IntRange(min=1))
-@click.option("--ranks-per-node", type=click.IntRange(min=1))
-@click.option("--slots-per-rank", type=click.IntRange(min=1))
-@click.option("--topology", type=Machine())
-@click.option("--model", type=Name("model preset", MODEL_PRESETS))
-@click.option("--groups", type=click.IntRange(min=1), help="Groups of group-limited routing.")
-@click.option("--hierarchical", is_flag=True, help="Keep each group's experts within a node.")
+@problem_options
 @click.option(
     "--shared-ranks",
     is_flag=True,
@@ -137,7 +130,6 @@ def command(
         --slots-per-rank 9 --plot follow.svg
     """
     from eplb.cli import show
-    from eplb.cli.plan import model_of, topology_of
     from eplb.files import check_writable, write_atomic
     from eplb.placement.solve import Effort
     from eplb.problem import Problem

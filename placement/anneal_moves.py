@@ -34,6 +34,8 @@ __all__ = [
     "apply",
     "join",
     "keep",
+    "new_move",
+    "new_state",
     "offer",
     "price",
     "propose_replace",
@@ -67,6 +69,36 @@ class Move(NamedTuple):
     change: FloatArray  # [2, R] by rank: change of each expert's share
     cost: FloatArray  # [R] by rank: the cost after it
     seen: NDArray[np.bool_]  # [R]
+
+
+@inner()
+def new_state(layer):  # type: ignore[no-untyped-def]
+    """Return a state of zeros, of a layer's size."""
+    num_ranks = len(layer.slot_RK)
+    num_experts, num_windows = layer.load_EW.shape
+    return State(
+        np.zeros(num_experts, np.int64),
+        np.zeros((num_experts, num_ranks), np.int64),
+        np.zeros((num_experts, num_ranks), np.int64),
+        np.zeros((num_ranks, num_windows)),
+        np.zeros(num_windows),
+        np.zeros(num_ranks),
+    )
+
+
+@inner()
+def new_move(num_ranks):  # type: ignore[no-untyped-def]
+    """Return a move of nothing."""
+    return Move(
+        np.zeros(2, np.int64),
+        np.zeros(2, np.int64),
+        np.zeros((2, num_ranks + 1), np.int64),
+        np.zeros((2, num_ranks + 1)),
+        np.zeros(num_ranks, np.int64),
+        np.zeros((2, num_ranks)),
+        np.zeros(num_ranks),
+        np.zeros(num_ranks, np.bool_),
+    )
 
 
 @inner(fastmath=True)

@@ -40,8 +40,8 @@ from eplb.placement.anneal_kernel import (
     set_slopes,
 )
 from eplb.placement.anneal_moves import (
-    Move,
-    State,
+    new_move,
+    new_state,
     offer,
     propose_replace,
     propose_shift,
@@ -207,26 +207,8 @@ def anneal(  # type: ignore[no-untyped-def]
     float
         The objective of ``best_slot_RK``.
     """
-    num_ranks = len(layer.slot_RK)
-    num_experts, num_windows = layer.load_EW.shape
-    state = State(
-        np.zeros(num_experts, np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_ranks, num_windows)),
-        np.zeros(num_windows),
-        np.zeros(num_ranks),
-    )
-    move = Move(
-        np.zeros(2, np.int64),
-        np.zeros(2, np.int64),
-        np.zeros((2, num_ranks + 1), np.int64),
-        np.zeros((2, num_ranks + 1)),
-        np.zeros(num_ranks, np.int64),
-        np.zeros((2, num_ranks)),
-        np.zeros(num_ranks),
-        np.zeros(num_ranks, np.bool_),
-    )
+    state = new_state(layer)
+    move = new_move(len(layer.slot_RK))
     derive(layer, state)
     fall = (last_temperature / first_temperature) ** (1.0 / max(num_sweeps - 1, 1))
     temperature = first_temperature

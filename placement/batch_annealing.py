@@ -69,6 +69,29 @@ class _Saved(NamedTuple):
 
 
 @inner()
+def _new_state(layer):  # type: ignore[no-untyped-def]
+    """Return a state of zeros of a layer's size, and room to save it in."""
+    num_ranks, slots_per_rank = layer.slot_RK.shape
+    num_experts, num_windows = layer.load_EW.shape
+    num_parts = 2 * max(num_ranks * slots_per_rank - num_experts, 0) + 2
+    state = _State(
+        np.zeros(num_experts, np.int64),
+        np.zeros((num_experts, num_ranks), np.int64),
+        np.zeros((num_experts, num_ranks), np.int64),
+        np.zeros((num_experts, num_ranks), np.int64),
+        np.zeros(num_parts, np.int64),
+        np.zeros(1, np.int64),
+        np.zeros((2, num_parts, num_windows)),
+        np.zeros((2, num_ranks, num_windows)),
+        np.zeros(num_windows),
+    )
+    saved = _Saved(
+        np.zeros((2, 3, num_ranks), np.int64), np.zeros(3, np.int64), np.zeros(num_parts, np.int64)
+    )
+    return state, saved
+
+
+@inner()
 def _derive(layer, state):  # type: ignore[no-untyped-def]
     """Fill in the state, with even splits."""
     num_ranks = len(layer.slot_RK)
@@ -382,23 +405,7 @@ def anneal_batch(  # type: ignore[no-untyped-def]
     float
         An upper bound of the objective of ``best_slot_RK``.
     """
-    num_ranks, slots_per_rank = layer.slot_RK.shape
-    num_experts, num_windows = layer.load_EW.shape
-    num_parts = 2 * max(num_ranks * slots_per_rank - num_experts, 0) + 2
-    state = _State(
-        np.zeros(num_experts, np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros(num_parts, np.int64),
-        np.zeros(1, np.int64),
-        np.zeros((2, num_parts, num_windows)),
-        np.zeros((2, num_ranks, num_windows)),
-        np.zeros(num_windows),
-    )
-    saved = _Saved(
-        np.zeros((2, 3, num_ranks), np.int64), np.zeros(3, np.int64), np.zeros(num_parts, np.int64)
-    )
+    state, saved = _new_state(layer)
     _derive(layer, state)
     fall = (last_temperature / first_temperature) ** (1.0 / max(num_sweeps - 1, 1))
     temperature = first_temperature

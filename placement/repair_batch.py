@@ -16,32 +16,28 @@ import numpy as np
 from numba import njit
 
 from eplb.placement.anneal_kernel import inner, rank_cost, set_slopes
-from eplb.placement.anneal_moves import Move
-from eplb.placement.anneal_moves import State as _Shares
+from eplb.placement.anneal_moves import State, new_move
 from eplb.placement.batch_annealing import (
     _OVERSHOOT,
     _SETTLE_SWEEPS,
     REPLACE,
     SWAP,
     _derive,
+    _new_state,
     _propose,
     _relax,
     _remember,
-    _Saved,
-    _State,
     _undo,
     _value,
 )
-from eplb.placement.repair_kernel import _mark_hot
 from eplb.placement.repair_moves import (
     FREE,
     LEAST_GAIN,
-    _Candidates,
-    _find_replicas,
-    _find_swaps,
-    _price_of,
-    _ReplicaGains,
-    _set_pulls,
+    candidate_of,
+    find_candidates,
+    held_experts,
+    new_candidates,
+    price_of,
 )
 
 __all__ = ["repair_batch_layer"]
@@ -102,11 +98,10 @@ def _best(found, count, layer, state, saved, first_ER, cost, doublings):  # type
             if found.bound_C[other] > found.bound_C[c]:
                 c = other
         found.bound_C[c] = -inf
-        a, i, b, j = (
-            found.move_C4[c, 0], found.move_C4[c, 1], found.move_C4[c, 2], found.move_C4[c, 3]
-        )  # fmt: skip
-        price = _price_of((a, i, b, j), layer, first_ER)
-        kind, e, f, new_cost = _try(layer, state, saved, (a, i, b, j), doublings)
+        candidate = candidate_of(found, c)
+        price = price_of(candidate, layer, first_ER)
+        kind, e, f, new_cost = _try(layer, state, saved, candidate, doublings)
+        a, i, b, j = candidate
         _undo(layer, state, saved, kind, a, i, b, j, e, f)
         gain = cost - new_cost
         worth = gain / price if price > 0 else gain * FREE
@@ -122,24 +117,8 @@ def repair_batch_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no
     The objective is that of the splits carried along, and so an upper bound.
     """
     num_ranks, slots_per_rank = layer.slot_RK.shape
-    num_experts, num_windows = layer.load_EW.shape
-    num_slots = num_ranks * slots_per_rank
-    num_parts = 2 * max(num_slots - num_experts, 0) + 2
-    state = _State(
-        np.zeros(num_experts, np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros(num_parts, np.int64),
-        np.zeros(1, np.int64),
-        np.zeros((2, num_parts, num_windows)),
-        np.zeros((2, num_ranks, num_windows)),
-        np.zeros(num_windows),
-    )
-    saved = _Saved(
-        np.zeros((2, 3, num_ranks), np.int64), np.zeros(3, np.int64), np.zeros(num_parts, np.int64)
-    )
-    shares = _Shares(
+    state, saved = _new_state(layer)
+    shares = State(
         state.count_E,
         state.holder_ER,
         state.place_ER,
@@ -147,31 +126,10 @@ def repair_batch_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no
         state.slope_W,
         np.zeros(num_ranks),
     )
-    move = Move(
-        np.zeros(2, np.int64),
-        np.zeros(2, np.int64),
-        np.zeros((2, num_ranks + 1), np.int64),
-        np.zeros((2, num_ranks + 1)),
-        np.zeros(num_ranks, np.int64),
-        np.zeros((2, num_ranks)),
-        np.zeros(num_ranks),
-        np.zeros(num_ranks, np.bool_),
-    )
+    move = new_move(num_ranks)
     _derive(layer, state)
-    first_ER = np.zeros((num_experts, num_ranks), np.int64)
-    for e in range(num_experts):
-        for r in range(num_ranks):
-            first_ER[e, r] = state.place_ER[e, r] >= 0
-    size = min(num_hot, num_ranks) * slots_per_rank * num_slots + num_slots * num_experts
-    found = _Candidates(np.zeros(size), np.zeros((size, 4), np.int64))
-    gains = _ReplicaGains(
-        np.zeros((num_ranks, slots_per_rank)),
-        np.zeros((num_experts, 1)),
-        np.zeros((num_experts, 1)),
-    )
-    pull_RE = np.zeros((num_ranks, num_experts))
-    buffer_W = np.zeros(num_windows)
-    hot_R = np.zeros(num_ranks, np.bool_)
+    first_ER = held_experts(state.place_ER)
+    found = new_candidates(layer, num_hot)
     best_MRK = np.zeros((max_moves + 1, num_ranks, slots_per_rank), np.int64)
     objective_M = np.full(max_moves + 1, inf)
     moved = 0
@@ -187,26 +145,14 @@ def repair_batch_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no
             shares.cost_R[r] = rank_cost(state.load_RW[0, r], state.slope_W, doublings)
             cost += shares.cost_R[r]
         _mean_shares(layer, state)
-        _set_pulls(layer, shares, pull_RE, buffer_W, doublings)
-        _mark_hot(hot_R, shares.cost_R, num_hot)
         room = max_moves - moved
-        count = _find_swaps(
-            found, 0, layer, shares, move, pull_RE, hot_R, first_ER, room, doublings
-        )
-        count = _find_replicas(
-            found, count, gains, layer, shares, move, pull_RE, hot_R, first_ER, room, doublings
-        )
+        count = find_candidates(found, layer, shares, move, first_ER, num_hot, room, doublings)
         best = _best(found, count, layer, state, saved, first_ER, cost, doublings)
         if best < 0:
             break
-        a, i, b, j = (
-            found.move_C4[best, 0],
-            found.move_C4[best, 1],
-            found.move_C4[best, 2],
-            found.move_C4[best, 3],
-        )
-        moved += _price_of((a, i, b, j), layer, first_ER)
-        _try(layer, state, saved, (a, i, b, j), doublings)
+        candidate = candidate_of(found, best)
+        moved += price_of(candidate, layer, first_ER)
+        _try(layer, state, saved, candidate, doublings)
         _copy_current(state)
     for m in range(1, max_moves + 1):
         if not objective_M[m] < objective_M[m - 1]:

@@ -17,19 +17,18 @@ from math import inf
 import numpy as np
 from numba import njit
 
-from eplb.placement.anneal_kernel import NEAREST, WEIGHTED, inner
-from eplb.placement.anneal_moves import Move, State, apply, keep, price
+from eplb.placement.anneal_kernel import WEIGHTED, inner
+from eplb.placement.anneal_moves import apply, keep, new_move, new_state, price
 from eplb.placement.annealing import derive, objective, set_costs, sum_loads
 from eplb.placement.repair_moves import (
     FREE,
     LEAST_GAIN,
-    _Candidates,
-    _find_replicas,
-    _find_swaps,
-    _price_of,
-    _propose,
-    _ReplicaGains,
-    _set_pulls,
+    candidate_of,
+    find_candidates,
+    held_experts,
+    new_candidates,
+    price_of,
+    propose,
 )
 
 __all__ = ["repair_layer"]
@@ -57,14 +56,12 @@ def _best(found, count, move, layer, state, first_ER, doublings):  # type: ignor
         c = top if number == 0 else number - 1
         if count == 0 or found.bound_C[c] <= best_worth or found.bound_C[c] < cut:
             continue
-        candidate = (
-            found.move_C4[c, 0], found.move_C4[c, 1], found.move_C4[c, 2], found.move_C4[c, 3]
-        )  # fmt: skip
-        _propose(candidate, move, layer, state)
+        candidate = candidate_of(found, c)
+        propose(candidate, move, layer, state)
         change, _ = price(move, layer, state, doublings)
         if -change <= least:
             continue
-        fetched = _price_of(candidate, layer, first_ER)
+        fetched = price_of(candidate, layer, first_ER)
         worth = -change / fetched if fetched > 0 else -change * FREE
         if worth > best_worth:
             best, best_worth = c, worth
@@ -95,19 +92,8 @@ def _settle(move, layer, state, doublings):  # type: ignore[no-untyped-def]
                         apply(move, touched, layer, state, a, k, -1, -1)
 
 
-@inner()
-def _mark_hot(hot_R, cost_R, num_hot):  # type: ignore[no-untyped-def]
-    hot_R[:] = False
-    for _ in range(min(num_hot, len(hot_R))):
-        top = -1
-        for r in range(len(hot_R)):
-            if not hot_R[r] and (top < 0 or cost_R[r] > cost_R[top]):
-                top = r
-        hot_R[top] = True
-
-
 @njit(cache=True, nogil=True)
-def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyped-def]  # noqa: PLR0915
+def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyped-def]
     """Return the best placement and objective within each number of moves.
 
     Parameters
@@ -129,42 +115,11 @@ def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyp
         Weighted mean over windows of the largest rank load, never increasing.
     """
     num_ranks, slots_per_rank = layer.slot_RK.shape
-    num_experts, num_windows = layer.load_EW.shape
-    state = State(
-        np.zeros(num_experts, np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_experts, num_ranks), np.int64),
-        np.zeros((num_ranks, num_windows)),
-        np.zeros(num_windows),
-        np.zeros(num_ranks),
-    )
-    move = Move(
-        np.zeros(2, np.int64),
-        np.zeros(2, np.int64),
-        np.zeros((2, num_ranks + 1), np.int64),
-        np.zeros((2, num_ranks + 1)),
-        np.zeros(num_ranks, np.int64),
-        np.zeros((2, num_ranks)),
-        np.zeros(num_ranks),
-        np.zeros(num_ranks, np.bool_),
-    )
+    state = new_state(layer)
+    move = new_move(num_ranks)
     derive(layer, state)
-    first_ER = np.zeros((num_experts, num_ranks), np.int64)
-    for e in range(num_experts):
-        for r in range(num_ranks):
-            first_ER[e, r] = state.place_ER[e, r] >= 0
-    num_slots = num_ranks * slots_per_rank
-    size = min(num_hot, num_ranks) * slots_per_rank * num_slots + num_slots * num_experts
-    found = _Candidates(np.zeros(size), np.zeros((size, 4), np.int64))
-    num_nodes = num_ranks // layer.ranks_per_node if layer.rule == NEAREST else 1
-    gains = _ReplicaGains(
-        np.zeros((num_ranks, slots_per_rank)),
-        np.zeros((num_experts, num_nodes)),
-        np.zeros((num_experts, num_nodes)),
-    )
-    pull_RE = np.zeros((num_ranks, num_experts))
-    buffer_W = np.zeros(num_windows)
-    hot_R = np.zeros(num_ranks, np.bool_)
+    first_ER = held_experts(state.place_ER)
+    found = new_candidates(layer, num_hot)
     best_MRK = np.zeros((max_moves + 1, num_ranks, slots_per_rank), np.int64)
     share_MRK = np.zeros((max_moves + 1, num_ranks, slots_per_rank))
     objective_M = np.full(max_moves + 1, inf)
@@ -182,24 +137,14 @@ def repair_layer(layer, max_moves, doublings, num_hot):  # type: ignore[no-untyp
             objective_M[moved] = value
             best_MRK[moved] = layer.slot_RK
             share_MRK[moved] = layer.share_RK
-        _set_pulls(layer, state, pull_RE, buffer_W, doublings)
-        _mark_hot(hot_R, state.cost_R, num_hot)
         room = max_moves - moved
-        count = _find_swaps(found, 0, layer, state, move, pull_RE, hot_R, first_ER, room, doublings)
-        count = _find_replicas(
-            found, count, gains, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
-        )
+        count = find_candidates(found, layer, state, move, first_ER, num_hot, room, doublings)
         best = _best(found, count, move, layer, state, first_ER, doublings)
         if best < 0:
             break
-        candidate = (
-            found.move_C4[best, 0],
-            found.move_C4[best, 1],
-            found.move_C4[best, 2],
-            found.move_C4[best, 3],
-        )
-        moved += _price_of(candidate, layer, first_ER)
-        _propose(candidate, move, layer, state)
+        candidate = candidate_of(found, best)
+        moved += price_of(candidate, layer, first_ER)
+        propose(candidate, move, layer, state)
         _, touched = price(move, layer, state, doublings)
         a, i, b, j = candidate
         if b < 0:

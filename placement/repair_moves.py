@@ -23,7 +23,16 @@ from eplb.arrays import FloatArray
 from eplb.placement.anneal_kernel import NEAREST, WEIGHTED, can_swap, inner, to_power
 from eplb.placement.anneal_moves import join, keep, propose_swap, rule_shares, touch
 
-__all__ = ["FREE", "LEAST_GAIN"]
+__all__ = [
+    "FREE",
+    "LEAST_GAIN",
+    "candidate_of",
+    "find_candidates",
+    "held_experts",
+    "new_candidates",
+    "price_of",
+    "propose",
+]
 
 # A candidate that gains less than this part of the cost is rounding.
 LEAST_GAIN = 1e-9
@@ -46,9 +55,49 @@ class _ReplicaGains(NamedTuple):
     share_EN: FloatArray  # and the share that it then receives
 
 
+@inner()
+def new_candidates(layer, num_hot):  # type: ignore[no-untyped-def]
+    """Return room for all moves that touch one of so many ranks."""
+    num_ranks, slots_per_rank = layer.slot_RK.shape
+    num_slots = num_ranks * slots_per_rank
+    size = min(num_hot, num_ranks) * slots_per_rank * num_slots + num_slots * len(layer.load_EW)
+    return _Candidates(np.zeros(size), np.zeros((size, 4), np.int64))
+
+
+@inner()
+def candidate_of(found, c):  # type: ignore[no-untyped-def]
+    """Return a candidate as a tuple."""
+    return found.move_C4[c, 0], found.move_C4[c, 1], found.move_C4[c, 2], found.move_C4[c, 3]
+
+
+@inner()
+def held_experts(place_ER):  # type: ignore[no-untyped-def]
+    """Return 1 where a rank holds an expert, else 0."""
+    held_ER = np.zeros(place_ER.shape, np.int64)
+    for e in range(place_ER.shape[0]):
+        for r in range(place_ER.shape[1]):
+            held_ER[e, r] = place_ER[e, r] >= 0
+    return held_ER
+
+
+@inner()
+def _hot_ranks(cost_R, num_hot):  # type: ignore[no-untyped-def]
+    """Tell which ranks cost most."""
+    hot_R = np.zeros(len(cost_R), np.bool_)
+    for _ in range(min(num_hot, len(hot_R))):
+        top = -1
+        for r in range(len(hot_R)):
+            if not hot_R[r] and (top < 0 or cost_R[r] > cost_R[top]):
+                top = r
+        hot_R[top] = True
+    return hot_R
+
+
 @inner(fastmath=True)
-def _set_pulls(layer, state, pull_RE, buffer_W, doublings):  # type: ignore[no-untyped-def]
-    """Fill in the part by which an expert changes a rank's cost, to first order and over P."""
+def _pulls(layer, state, doublings):  # type: ignore[no-untyped-def]
+    """Return the part by which an expert changes a rank's cost, to first order and over P."""
+    pull_RE = np.zeros((len(layer.slot_RK), len(layer.load_EW)))
+    buffer_W = np.zeros(len(layer.weight_W))
     for r in range(len(pull_RE)):
         for w in range(len(buffer_W)):
             load = state.load_RW[r, w]
@@ -60,6 +109,7 @@ def _set_pulls(layer, state, pull_RE, buffer_W, doublings):  # type: ignore[no-u
             for w in range(len(buffer_W)):
                 total += buffer_W[w] * load_W[w]
             pull_RE[r, e] = total / state.cost_R[r] if state.cost_R[r] > 0.0 else 0.0
+    return pull_RE
 
 
 @inner()
@@ -120,7 +170,7 @@ def _propose_replica(move, layer, state, r, k, f):  # type: ignore[no-untyped-de
 
 @inner(fastmath=True)
 def _find_swaps(  # type: ignore[no-untyped-def]  # noqa: PLR0912  (calls cost numba seconds each)
-    found, start, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
+    found, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
 ):
     """List the swaps of a slot of a hot rank that may gain; return how many candidates there are.
 
@@ -134,7 +184,7 @@ def _find_swaps(  # type: ignore[no-untyped-def]  # noqa: PLR0912  (calls cost n
         for j in range(slots_per_rank):
             if slot_RK[b, j] >= 0:
                 own_RK[b, j] = share_RK[b, j] * pull_RE[b, slot_RK[b, j]]
-    count = start
+    count = 0
     least = LEAST_GAIN * cost_R.sum()
     for a in range(num_ranks):
         if not hot_R[a]:
@@ -183,10 +233,17 @@ def _find_swaps(  # type: ignore[no-untyped-def]  # noqa: PLR0912  (calls cost n
 
 
 @inner()
-def _set_replica_gains(gains, layer, state, move, pull_RE, doublings):  # type: ignore[no-untyped-def]
-    """Fill in what replicas that go and come make other ranks gain, by bounds from above."""
+def _replica_gains(layer, state, move, pull_RE, doublings):  # type: ignore[no-untyped-def]
+    """Return what replicas that go and come make other ranks gain, by bounds from above."""
     slot_RK = layer.slot_RK
     num_ranks, slots_per_rank = slot_RK.shape
+    num_experts = len(state.count_E)
+    num_nodes = num_ranks // layer.ranks_per_node if layer.rule == NEAREST else 1
+    gains = _ReplicaGains(
+        np.zeros((num_ranks, slots_per_rank)),
+        np.zeros((num_experts, num_nodes)),
+        np.zeros((num_experts, num_nodes)),
+    )
     for a in range(num_ranks):
         for i in range(slots_per_rank):
             e = slot_RK[a, i]
@@ -197,8 +254,7 @@ def _set_replica_gains(gains, layer, state, move, pull_RE, doublings):  # type: 
                     state.cost_R[a], -layer.share_RK[a, i] * pull_RE[a, e], doublings
                 )
                 gains.drop_RK[a, i] = _most_gain(move, layer, state, pull_RE, doublings) - own
-    num_nodes = gains.join_EN.shape[1]
-    for f in range(len(state.count_E)):
+    for f in range(num_experts):
         if state.count_E[f] == 0:
             continue
         for node in range(num_nodes):
@@ -215,19 +271,20 @@ def _set_replica_gains(gains, layer, state, move, pull_RE, doublings):  # type: 
             own = state.cost_R[a] - _least_cost(state.cost_R[a], share * pull_RE[a, f], doublings)
             gains.join_EN[f, node] = _most_gain(move, layer, state, pull_RE, doublings) - own
             gains.share_EN[f, node] = share
+    return gains
 
 
 @inner()
 def _find_replicas(  # type: ignore[no-untyped-def]  # noqa: PLR0912
-    found, start, gains, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
+    found, start, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
 ):
     """List the replacements of replicas that may gain; return how many candidates there are."""
     slot_RK, cost_R = layer.slot_RK, state.cost_R
     num_ranks, slots_per_rank = slot_RK.shape
+    gains = _replica_gains(layer, state, move, pull_RE, doublings)
     per_node = num_ranks // gains.join_EN.shape[1]
     count = start
     least = LEAST_GAIN * cost_R.sum()
-    _set_replica_gains(gains, layer, state, move, pull_RE, doublings)
     num_spare = 0
     spare_X2 = np.zeros((num_ranks * slots_per_rank, 2), np.int64)
     for a in range(num_ranks):
@@ -274,7 +331,18 @@ def _find_replicas(  # type: ignore[no-untyped-def]  # noqa: PLR0912
 
 
 @inner()
-def _price_of(candidate, layer, first_ER):  # type: ignore[no-untyped-def]
+def find_candidates(found, layer, state, move, first_ER, num_hot, room, doublings):  # type: ignore[no-untyped-def]
+    """List the moves that may gain and fetch at most ``room``; return how many there are."""
+    pull_RE = _pulls(layer, state, doublings)
+    hot_R = _hot_ranks(state.cost_R, num_hot)
+    count = _find_swaps(found, layer, state, move, pull_RE, hot_R, first_ER, room, doublings)
+    return _find_replicas(
+        found, count, layer, state, move, pull_RE, hot_R, first_ER, room, doublings
+    )
+
+
+@inner()
+def price_of(candidate, layer, first_ER):  # type: ignore[no-untyped-def]
     """Return how many more experts have to be fetched."""
     a, i, b, j = candidate
     e = layer.slot_RK[a, i]
@@ -285,7 +353,8 @@ def _price_of(candidate, layer, first_ER):  # type: ignore[no-untyped-def]
 
 
 @inner()
-def _propose(candidate, move, layer, state):  # type: ignore[no-untyped-def]
+def propose(candidate, move, layer, state):  # type: ignore[no-untyped-def]
+    """Propose a candidate."""
     a, i, b, j = candidate
     if b < 0:
         _propose_replica(move, layer, state, a, i, j)
