@@ -18,25 +18,30 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ep_layer_inputs
 import numpy as np
 import torch
 import torch.distributed as dist
+from ep_layer_inputs import Variant
 from run import environment
 
-from eplb.plan import Plan
-from eplb.runtime.ep.exchange import Crossing, Hop, Received
+from eplb.runtime.ep.exchange import NO_FAULT, Crossing, Hop, sort_by_slot
 from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.experts import compute_experts, gated_layout, gated_silu
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.layer import EPMoELayer
+from eplb.runtime.ep.peer_buffers import PeerBuffers
 from eplb.runtime.ep.router import SigmoidRouter
+from eplb.runtime.ep.rows import sum_rows
 from eplb.runtime.ep.tables import PlacementTables
+
+if TYPE_CHECKING:
+    from eplb.runtime.ep.peer_exchange import PeerCrossing
 
 SIZES = {"prefill": 8192, "decode": 128}
 # Some 2 ms on an H100.
@@ -63,27 +68,50 @@ class Bench:
             groups_per_token=4,
         ).to(group.device)  # fmt: skip
         self.router.weight.normal_(0, 0.02)
+        self._peers: dict[tuple[str, int, int], PeerBuffers] = {}
 
     def layer(
-        self, plan: Plan, layer_id: int, topk_TK: torch.Tensor, split: str, **options: Any
+        self, variant: Variant, layer_id: int, topk_TK: torch.Tensor, max_tokens: int
     ) -> EPMoELayer:
         """Return a layer of a plan that routes as it is told."""
-        halves = list(topk_TK.chunk(options.get("micro_batches", 1)))
-        turn = 0
+        pieces = 2 if variant.halves else variant.micro_batches
+        halves = list(topk_TK.chunk(pieces))
+        turn = -1
 
         def route(x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             nonlocal turn
             _, weight_TK = self.router(x_TH)
             turn += 1
-            return halves[turn % len(halves)][: len(x_TH)], weight_TK
+            return halves[turn % len(halves)], weight_TK
 
-        tables = PlacementTables.of_plan(plan, layer_id, self.group, split=split)
-        if self.tiny:
-            options["payload"] = "fp32"
+        tables = PlacementTables.of_plan(variant.plan, layer_id, self.group, split=variant.split)
+        payload = "fp32" if self.tiny else variant.payload
+        peers = None
+        if variant.peers and self.group.device.type == "cuda":
+            peers = self.peers(payload, variant.micro_batches, max_tokens)
         return EPMoELayer(
-            self.group, tables, self.slots, route, hidden_size=self.hidden,
-            **options,
+            self.group, tables, self.slots, route, hidden_size=self.hidden, payload=payload,
+            micro_batches=variant.micro_batches, peers=peers,
+            padded=variant.captured and peers is not None,
         )  # fmt: skip
+
+    def peers(self, payload: str, micro_batches: int, max_tokens: int) -> PeerBuffers:
+        """Return buffers, one for all layers that can share them."""
+        key = payload, micro_batches, max_tokens
+        if key not in self._peers:
+            self._peers[key] = PeerBuffers(
+                self.group, max_tokens=max_tokens, hidden_size=self.hidden,
+                top_k=ep_layer_inputs.TOP_K, slots_per_rank=ep_layer_inputs.SLOTS_PER_RANK,
+                num_experts=ep_layer_inputs.NUM_EXPERTS, payload=payload,
+                micro_batches=micro_batches,
+            )  # fmt: skip
+        return self._peers[key]
+
+    def close(self) -> None:
+        """Let go of all buffers."""
+        for buffers in self._peers.values():
+            buffers.close()
+        self._peers.clear()
 
     def milliseconds(self, run: Callable[[], Any], *, ahead: bool = False) -> float:
         """Return the time of a call on the slowest process, all beginning together.
@@ -119,7 +147,9 @@ class Bench:
         return float(tensor)
 
 
-def throughput(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict[str, Any]:
+def throughput(
+    bench: Bench, inputs: ep_layer_inputs.Inputs, phase: str, tokens: int
+) -> dict[str, Any]:
     """Return milliseconds of a layer and the rows of the ranks, by plan, plans taking turns."""
     group = bench.group
     own = tokens * group.ranks_per_process
@@ -130,20 +160,23 @@ def throughput(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dic
         return torch.from_numpy(routed_TK.astype(np.int64)).to(group.device)
 
     layers: dict[str, list[EPMoELayer]] = {}
-    for variant in inputs.variants():
-        layers[variant.name] = [
-            bench.layer(
-                variant.plan, layer_id, topk(variant.routing, i), variant.split,
-                payload=variant.payload, micro_batches=variant.micro_batches,
-            )
+    runs: dict[str, Callable[[], Any]] = {}
+    for variant in inputs.variants(phase):
+        of_plan = [
+            bench.layer(variant, layer_id, topk(variant.routing, i), own)
             for i, layer_id in enumerate(variant.plan.placement.layer_ids)
-        ]  # fmt: skip
+        ]
+        layers[variant.name] = of_plan
+        parts = x_TH.chunk(2) if variant.halves else (x_TH,)
+        runs[variant.name] = partial(_forward, of_plan, parts)
+        if variant.captured and group.device.type == "cuda":
+            runs[variant.name] = captured(group, runs[variant.name])
     spent: dict[str, list[float]] = {name: [] for name in layers}
     for repetition in range(bench.warm_ups + bench.repeats):
-        for name, of_plan in layers.items():
-            milliseconds = bench.milliseconds(partial(_forward, of_plan, x_TH))
+        for name, run in runs.items():
+            milliseconds = bench.milliseconds(run)
             if repetition >= bench.warm_ups:
-                spent[name].append(milliseconds / len(of_plan))
+                spent[name].append(milliseconds / len(layers[name]))
     ceiling = statistics.median(spent["even router"])
     results: dict[str, Any] = {}
     for name, of_plan in layers.items():
@@ -161,9 +194,25 @@ def throughput(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dic
     return results
 
 
-def _forward(layers: list[EPMoELayer], x_TH: torch.Tensor) -> None:
+def _forward(layers: list[EPMoELayer], parts: Sequence[torch.Tensor]) -> None:
     for layer in layers:
-        layer(x_TH)
+        for x_TH in parts:
+            layer(x_TH)
+
+
+def captured(group: EPGroup, run: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the replay of a CUDA graph of a call."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        run()
+        stream.synchronize()
+        group.barrier()
+        # Other threads, such as NCCL's, may ask for events.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
+    group.barrier()
+    return graph.replay
 
 
 def gathered(of_ranks: list[list[Any]], group: EPGroup) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -180,8 +229,9 @@ def rank_by_rank(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> d
     """
     group, spr = bench.group, ep_layer_inputs.SLOTS_PER_RANK
     results: dict[str, Any] = {}
-    for variant in inputs.variants():
-        if variant.payload != "bf16" or variant.micro_batches != 1:
+    for variant in inputs.variants("prefill"):
+        options = variant.payload, variant.micro_batches, variant.halves, variant.peers
+        if options != ("bf16", 1, False, True):
             continue
         times_LR: list[list[float]] = []
         for i, layer_id in enumerate(variant.plan.placement.layer_ids):
@@ -190,7 +240,9 @@ def rank_by_rank(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> d
             for rank in group.ranks:
                 counts = torch.from_numpy(rows_S[rank * spr : (rank + 1) * spr])
                 end_S = counts.cumsum(0).int().to(group.device)
-                x_PH = torch.randn(int(counts.sum()), bench.hidden, device=group.device).to(bench.dtype)
+                x_PH = torch.randn(int(counts.sum()), bench.hidden, device=group.device).to(
+                    bench.dtype
+                )
                 one_rank = bench.slots.part((rank - group.first_rank) * spr, spr)
                 run = partial(compute_experts, x_PH, end_S, one_rank, gated_silu)
                 run()
@@ -219,26 +271,29 @@ def _alone(bench: Bench, run: Callable[[], Any]) -> float:
     return float(begin.elapsed_time(end))
 
 
-def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict[str, Any]:
-    """Return the times of dispatch and combine by part, and of all_to_all_single for their bytes.
+def exchanges(
+    bench: Bench, inputs: ep_layer_inputs.Inputs, phase: str, tokens: int
+) -> dict[str, Any]:
+    """Return the times of dispatch and combine, and of all_to_all_single for their bytes.
 
-    All but ``counts`` with launches hidden. ``dispatch`` is from packing rows to having received
-    them, ``combine`` from having the results to having them added up; ``counts`` is what comes
-    before, the host's wait included.
+    Launches are hidden. ``dispatch`` is from tokens and their slots to rows that have arrived (by
+    collectives without the exchange of counts, which is ``counts``, the host's wait included);
+    ``combine`` from outputs of pairs to outputs of tokens: weighted sums, the way back, and sums.
+    ``return`` is combine of rows that have been added up before.
     """
     group = bench.group
-    variant = next(v for v in inputs.variants() if v.name == "even router")
+    variant = inputs.variants(phase)[0]
     layer_id = variant.plan.placement.layer_ids[0]
     topk_TK = torch.from_numpy(
         inputs.routing(variant.routing, 0, tokens, group).astype(np.int64)
     ).to(group.device)
-    layer = bench.layer(variant.plan, layer_id, topk_TK, variant.split)
+    layer = bench.layer(variant, layer_id, topk_TK, len(topk_TK))
     hop = Hop(group.process_group, 0, ep_layer_inputs.SLOTS_PER_RANK, group.num_ranks)
     x_TH = torch.randn(len(topk_TK), bench.hidden, device=group.device).to(bench.dtype)
     weight_TK = torch.rand(topk_TK.shape, device=group.device)
     slot_TK = layer.tables.choose_slots(topk_TK)
-    words = torch.zeros(2, dtype=torch.int64, device=group.device)
-    bytes_TB = layer.payload.encode(x_TH)
+    words = torch.tensor([0, NO_FAULT], device=group.device)
+    bytes_TB, dtype = layer.payload.encode(x_TH), layer.payload.dtype
     parts: dict[str, list[float]] = {}
 
     def note(name: str, run: Callable[[], Any]) -> None:
@@ -247,37 +302,82 @@ def exchanges(bench: Bench, inputs: ep_layer_inputs.Inputs, tokens: int) -> dict
 
     for _ in range(bench.warm_ups + 2 * bench.repeats):
         crossing = Crossing(group, hop, "benchmark")
-
-        def counts(crossing: Crossing = crossing) -> None:
-            crossing.count(slot_TK, weight_TK, words)
-            crossing.learn()
-
-        def dispatch(crossing: Crossing = crossing) -> Received:
-            crossing.post(bytes_TB)
-            return crossing.receive()
-
+        counts = partial(_count, crossing, slot_TK, weight_TK, words)
         note("counts", counts)
-        note("dispatch", dispatch)
+        note("dispatch, collectives", partial(_dispatch, crossing, bytes_TB))
         sent, got = crossing.send_rows, crossing.receive_rows
-        rows = torch.empty(sum(got), bench.hidden, dtype=layer.payload.dtype, device=group.device)
-
-        def combine(crossing: Crossing = crossing, rows: torch.Tensor = rows) -> None:
-            crossing.post_back(rows)
-            crossing.finish(layer.payload.dtype)
-
-        note("combine", combine)
+        rows = torch.empty(sum(got), bench.hidden, dtype=dtype, device=group.device)
+        note("return, collectives", partial(_return, crossing, rows, dtype))
         there = torch.empty_like(crossing.received_NB)
         packed = torch.empty(sum(sent), there.shape[1], dtype=torch.uint8, device=group.device)
         back = torch.empty(sum(sent), bench.hidden, dtype=rows.dtype, device=group.device)
         plain = partial(dist.all_to_all_single, group=group.process_group)
         note("dispatch, all_to_all_single", partial(plain, there, packed, got, sent))
-        note("combine, all_to_all_single", partial(plain, back, rows, sent, got))
+        note("return, all_to_all_single", partial(plain, back, rows, sent, got))
+        counts()
+        out_PH, index_NK, weight_NK = _outputs(crossing, layer, bytes_TB)
+        note(
+            "combine, collectives",
+            partial(_combine, crossing, out_PH, index_NK, weight_NK, dtype),
+        )
+        if group.device.type == "cuda":
+            buffers = bench.peers(layer.payload.kind, 1, len(topk_TK))
+            told = buffers.new_told()
+            over = buffers.crossing(0, told, 0, beside=False, padded=False)
+            note("dispatch", partial(over.start, bytes_TB, slot_TK, weight_TK, words))
+            over.learn("benchmark")
+            outputs_PH, _ = over.pairs()
+            note("combine", partial(_over_peers, over, outputs_PH, dtype))
     found: dict[str, Any] = {
         name: statistics.median(times[bench.warm_ups :]) for name, times in parts.items()
     }
     found["rows_sent"], found["rows_to_others"] = sum(sent), sum(sent) - sent[group.process]
     found["bytes_per_row"] = int(there.shape[1])
     return found
+
+
+def _count(
+    crossing: Crossing, slot_TK: torch.Tensor, weight_TK: torch.Tensor, words: torch.Tensor
+) -> None:
+    crossing.count(slot_TK, weight_TK, words)
+    crossing.learn()
+
+
+def _dispatch(crossing: Crossing, bytes_TB: torch.Tensor) -> None:
+    crossing.post(bytes_TB)
+    crossing.receive()
+
+
+def _return(crossing: Crossing, rows_NH: torch.Tensor, dtype: torch.dtype) -> None:
+    crossing.post_back(rows_NH)
+    crossing.finish(dtype)
+
+
+def _outputs(
+    crossing: Crossing, layer: EPMoELayer, bytes_TB: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return something in place of the experts' outputs, and which of them belong to a row."""
+    crossing.post(bytes_TB)
+    received = crossing.receive()
+    bytes_PB, _, index_NK = sort_by_slot(
+        received, layer.group.first_rank * layer.tables.slots_per_rank, layer.slots.num_slots
+    )
+    return layer.payload.decode(bytes_PB), index_NK, received.weight_NK
+
+
+def _combine(
+    crossing: Crossing,
+    out_PH: torch.Tensor,
+    index_NK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    dtype: torch.dtype,
+) -> None:
+    _return(crossing, sum_rows(out_PH, index_NK, weight_NK, dtype), dtype)
+
+
+def _over_peers(crossing: PeerCrossing, out_PH: torch.Tensor, dtype: torch.dtype) -> None:
+    crossing.give_back(out_PH)
+    crossing.finish(dtype)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -294,11 +394,12 @@ def run(arguments: argparse.Namespace) -> None:
                     tokens = 16  # noqa: PLW2901
                 results[f"{name}, {phase}"] = {
                     "tokens_per_rank": tokens,
-                    "layer": throughput(bench, inputs, tokens),
+                    "layer": throughput(bench, inputs, phase, tokens),
                     "experts": rank_by_rank(bench, inputs, tokens),
                 }
                 if name == names[0]:
-                    results[f"exchange, {phase}"] = exchanges(bench, inputs, tokens)
+                    results[f"exchange, {phase}"] = exchanges(bench, inputs, phase, tokens)
+                bench.close()
                 if group.process == 0:
                     print(json.dumps({f"{name}, {phase}": results[f"{name}, {phase}"]}), flush=True)
     if group.process == 0:

@@ -10,6 +10,7 @@ Shape letters: L layers, E logical experts, S slots, T tokens, K top-k, C plans.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ class Variant:
     routing: str = "recorded"
     payload: str = "bf16"
     micro_batches: int = 1
+    # Over peer memory or by collectives; two halves one after the other; in a CUDA graph.
+    peers: bool = True
+    halves: bool = False
+    captured: bool = False
 
 
 def prepare(data: Path, output: Path) -> None:
@@ -161,24 +166,35 @@ class Inputs:
             "uniform": file[f"{name}/uniform"],
         }
 
-    def variants(self) -> list[Variant]:
+    def variants(self, phase: str) -> list[Variant]:
         """Return the rows of the benchmark; the first is the ceiling."""
         linear = self._plan("no replicas", "even")
-        batch = self._plan("eplb", "batch")
+        even = partial(Variant, plan=linear, split="even", routing="uniform")
+        batch = partial(Variant, plan=self._plan("eplb", "batch"), split="batch")
+        captured = [
+            even(name="even router, captured", captured=True),
+            batch(name="eplb, batch, captured", captured=True),
+        ]
         return [
-            Variant(name="even router", plan=linear, split="even", routing="uniform"),
+            even(name="even router"),
             Variant(name="no replicas", plan=linear, split="even"),
             Variant(name="DeepSeek, even", plan=self._plan("DeepSeek", "even"), split="even"),
             *[
                 Variant(name=f"eplb, {split}", plan=self._plan("eplb", split), split=split)
                 for split in SPLITS
             ],
-            Variant(name="eplb, batch, FP8", plan=batch, split="batch", payload="fp8"),
-            Variant(name="eplb, batch, overlap", plan=batch, split="batch", micro_batches=2),
-            Variant(name="even router, FP8", plan=linear, split="even", routing="uniform",
-                    payload="fp8"),
-            Variant(name="even router, overlap", plan=linear, split="even", routing="uniform",
-                    micro_batches=2),
+            batch(name="eplb, batch, FP8", payload="fp8"),
+            even(name="even router, FP8", payload="fp8"),
+            even(name="even router, collectives", peers=False),
+            batch(name="eplb, batch, collectives", peers=False),
+            *[
+                made(name=f"{name}, {how}", **options)
+                for name, made in (("even router", even), ("eplb, batch", batch))
+                for how, options in (
+                    ("overlap", {"micro_batches": 2}), ("halves in turn", {"halves": True}),
+                )
+            ],
+            *(captured if phase == "decode" else []),
         ]  # fmt: skip
 
     def routing(

@@ -51,6 +51,25 @@ PAYLOADS = ("fp32", "bf16", "fp8")
     help="What tokens travel as. Default: fp32 on gloo, bf16 on nccl.",
 )
 @click.option(
+    "--exchange",
+    type=Name("exchange", ("peers", "collectives")),
+    help="How tokens travel within a node: over peer memory, or by collectives. Default: peers on "
+    "nccl.",
+)
+@click.option(
+    "--padded",
+    is_flag=True,
+    help="With peers: sizes that the host need not know, as for a CUDA graph.",
+)
+@click.option(
+    "--micro-batches",
+    type=click.IntRange(1, 2),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Batches that a step is divided into.",
+)
+@click.option(
     "--write-topology",
     type=click.Path(),
     metavar="FILE",
@@ -64,6 +83,9 @@ def command(
     steps: int,
     seed: int,
     payload: str | None,
+    exchange: str | None,
+    padded: bool,
+    micro_batches: int,
     write_topology: str | None,
     json_: bool,
 ) -> None:
@@ -87,6 +109,9 @@ def command(
         "steps": steps,
         "seed": seed,
         "payload": payload or ("bf16" if backend == "nccl" else "fp32"),
+        "exchange": exchange or ("peers" if backend == "nccl" else "collectives"),
+        "padded": padded,
+        "micro_batches": micro_batches,
         "links": write_topology is not None,
     }
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -110,10 +135,9 @@ def serve(group: EPGroup, options: dict[str, Any]) -> dict[str, Any]:
     from eplb.runtime.links import measure_links
     from eplb.runtime.selftest import Settings, run
 
+    links = options.pop("links")
     settings = Settings(
-        steps=options["steps"],
-        seed=options["seed"],
-        payload=options["payload"],
+        **options,
         by_node=group.node_group is not None,
     )
     result: dict[str, Any] = run(group, settings).to_dict()
@@ -123,8 +147,9 @@ def serve(group: EPGroup, options: dict[str, Any]) -> dict[str, Any]:
         "processes": group.num_processes,
         "device": group.device.type,
         "payload": settings.payload,
+        "exchange": settings.exchange,
     }
-    if options["links"]:
+    if links:
         result["links"] = measure_links(group)
     return result
 
@@ -178,6 +203,7 @@ def _show(result: dict[str, Any]) -> None:
     grid = show.table("", "")
     grid.add_row("ranks, processes", f"{result['ranks']}, {result['processes']}")
     grid.add_row("device, payload", f"{result['device']}, {result['payload']}")
+    grid.add_row("exchange", result["exchange"])
     grid.add_row("steps, swaps", f"{result['steps']}, {result['swaps']}")
     grid.add_row("tokens, lost", f"{result['tokens']}, {result['tokens_lost']}")
     grid.add_row("largest relative error", f"{result['max_relative_error']:.2g}")

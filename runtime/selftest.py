@@ -22,6 +22,7 @@ from eplb.runtime.ep.expert_slots import ExpertLayout, ExpertSlots
 from eplb.runtime.ep.experts import gated_layout
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.layer import EPMoELayer
+from eplb.runtime.ep.peer_buffers import PeerBuffers
 from eplb.runtime.ep.reference import reference_output, relative_error
 from eplb.runtime.ep.reload import exchange_rows
 from eplb.runtime.ep.router import SigmoidRouter
@@ -59,6 +60,10 @@ class Settings:
     by_node : bool
         Cross by node; the group was made for it.
     micro_batches : int
+    exchange : str
+        ``collectives``, or ``peers``: over peer memory within a node.
+    padded : bool
+        With ``peers``: sizes that the host need not know.
     """
 
     steps: int
@@ -66,6 +71,8 @@ class Settings:
     payload: str = "fp32"
     by_node: bool = False
     micro_batches: int = 1
+    exchange: str = "collectives"
+    padded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,10 +175,17 @@ class _State:
             held = int(tables.phys_to_log_S[first + slot])
             if held >= 0:
                 slots.load(slot, {name: every[held] for name, every in self.experts.items()})
+        peers = None
+        if settings.exchange == "peers":
+            peers = PeerBuffers(
+                group, max_tokens=max(SIZES), hidden_size=self.hidden, top_k=TOP_K,
+                slots_per_rank=self.slots_per_rank, num_experts=NUM_EXPERTS,
+                payload=settings.payload, micro_batches=settings.micro_batches,
+            )  # fmt: skip
         self.layer = EPMoELayer(
             group, tables, slots, self.router, hidden_size=self.hidden,
             payload=settings.payload, by_node=settings.by_node,
-            micro_batches=settings.micro_batches,
+            micro_batches=settings.micro_batches, peers=peers, padded=settings.padded,
         )  # fmt: skip
 
     def swap(self) -> None:

@@ -131,8 +131,9 @@ def build(group, plan, seed, *, hidden=16, inner=8, dtype=torch.float32, biases=
     layout = gated_layout(hidden, inner, dtype, biases=biases)
     tables = PlacementTables.of_plan(plan, LAYER_ID, group)
     spr = plan.topology.slots_per_rank
-    slots = ExpertSlots(layout, spr * group.ranks_per_process)
-    experts = make_experts(layout, seed, plan.model.num_experts)
+    slots = ExpertSlots(layout, spr * group.ranks_per_process, group.device)
+    made = make_experts(layout, seed, plan.model.num_experts)
+    experts = {name: every.to(group.device) for name, every in made.items()}
     fill(slots, tables.phys_to_log_S, group.first_rank * spr, experts)
     queue = []
     layer = EPMoELayer(group, tables, slots, lambda _: queue.pop(0), hidden_size=hidden, **more)

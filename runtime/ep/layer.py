@@ -139,7 +139,9 @@ class EPMoELayer(nn.Module):
         self.group, self._peers = group, peers
         self._first_slot = group.first_rank * slots_per_rank
         self._hops = _hops(group, slots_per_rank, by_node=self._by_node)
-        self._words = Words(group, self.layer_id, peers, self.micro_batches)
+        self._words = Words(
+            group, self.layer_id, peers, num_batches=self.micro_batches, padded=self.padded
+        )
 
     def install(self, tables: PlacementTables) -> None:
         """Put another placement in force from the next forward on; its rows must be in the slots.
@@ -171,7 +173,6 @@ class EPMoELayer(nn.Module):
         results = _interleave(
             [self._steps(batch, number, told) for number, batch in enumerate(batches)]
         )
-        self._words.is_behind = self.padded
         if not self.padded:
             self._words.hear(told)
         self._words.step += 1

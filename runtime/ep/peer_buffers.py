@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from eplb.errors import InvalidInput
-from eplb.runtime.ep.exchange import Told
+from eplb.runtime.ep.exchange import NO_FAULT, Told
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.payload import Payload
 from eplb.runtime.ep.peer_memory import PeerMemory
@@ -169,8 +169,9 @@ class PeerBuffers:
 
         See :func:`eplb.runtime.ep.peer_kernels.meet`.
         """
-        size = 3 + self.num_processes + 2 * self.parts_per_process
-        return _on_host(torch.zeros(size, dtype=torch.int64), self.group.device)
+        told = torch.zeros(3 + self.num_processes + 2 * self.parts_per_process, dtype=torch.int64)
+        told[1] = NO_FAULT
+        return _on_host(told, self.group.device)
 
     def check_layer(self, payload: Payload, tables: PlacementTables, micro_batches: int) -> None:
         """Raise unless a layer fits.

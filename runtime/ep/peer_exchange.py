@@ -25,10 +25,9 @@ from eplb.runtime.ep.rows import sum_rows
 
 __all__ = ["PeerCrossing", "add_up", "read_told"]
 
-# Programs of a kernel that moves rows, and their warps: as many as there is room for, or, beside
-# other computation, a few large ones, each of which takes a multiprocessor for itself. Some twenty
-# saturate NVLink (DeepSeek's DeepEP gives it 20 to 24).
-_ALONE, _BESIDE = (1056, 8), (24, 32)
+# Programs of a kernel that moves rows: as many as there is room for, or fewer beside computation.
+_ALONE, _BESIDE = 1056, 264
+_WARPS = 8
 _COLUMNS = 2048
 
 
@@ -65,7 +64,7 @@ class PeerCrossing:
         self._buffers, self._box, self._told = buffers, box, told
         self._first_slot, self._padded = first_slot, padded
         self._beside = beside and buffers.stream is not None
-        self._programs, self._warps = _BESIDE if self._beside else _ALONE
+        self._programs = _BESIDE if self._beside else _ALONE
         C = buffers.num_processes
         self._most_rows = buffers.rows_per_process
         self._num_pairs = C * buffers.max_rows * buffers.top_k
@@ -107,7 +106,7 @@ class PeerCrossing:
                     buffers.slots_per_rank, buffers.num_parts, buffers.parts_per_process,
                     buffers.num_processes, tokens.shape[1], buffers.num_returns, top_k,
                     K=box.targets.shape[1], most=top_k, columns=_COLUMNS,
-                    num_warps=self._warps,
+                    num_warps=_WARPS,
                 )  # fmt: skip
             self._meet(words)
 
@@ -156,11 +155,11 @@ class PeerCrossing:
             values, out = as_words(rows[:, : payload.num_bytes], out_PH.view(torch.uint8))
             scales, width = values, out.shape[1]
         if self._most_rows:
-            peer_kernels.arrive[min(self._most_rows, _ALONE[0]), C](
+            peer_kernels.arrive[min(self._most_rows, _ALONE), C](
                 values, scales, meta, box.rows_C, box.cursor_S, box.index, out, N,
                 values.stride(0), scales.stride(0), meta.stride(0), width, buffers.top_k,
                 -(-payload.hidden_size // BLOCK), K=box.index.shape[1], most=buffers.top_k,
-                columns=_COLUMNS, scaled=scaled, block=BLOCK, num_warps=_ALONE[1],
+                columns=_COLUMNS, scaled=scaled, block=BLOCK, num_warps=_WARPS,
             )  # fmt: skip
         return out_PH, box.end_S
 
@@ -176,8 +175,8 @@ class PeerCrossing:
                 peer_kernels.give_back[min(self._most_rows, -(-self._programs // C)), C](
                     out_PH, meta.view(torch.int32), meta.view(torch.float32), box.rows_C,
                     box.index, box.back_at, N, meta.stride(0) // 4, out_PH.shape[1],
-                    buffers.top_k, K=box.index.shape[1], most=buffers.top_k, columns=_COLUMNS,
-                    num_warps=self._warps,
+                    buffers.top_k, K=box.index.shape[1], most=buffers.top_k, columns=1024,
+                    num_warps=4,
                 )  # fmt: skip
             self._meet(None)
 

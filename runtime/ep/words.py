@@ -27,6 +27,8 @@ class Words:
         Through which counts come, instead of by a collective.
     num_batches : int
         Of a forward.
+    padded : bool
+        The host does not wait for counts in a forward; they are read where they are asked for.
 
     Attributes
     ----------
@@ -34,19 +36,22 @@ class Words:
         On the device: the word, and this process' number if its activations are not finite.
     told_at : list of Tensor of int64
         Over peer memory: where the counts of each batch arrive, on the host.
-    is_behind : bool
-        The last forward's counts are on their way to the host, which has not waited.
     step : int
         Number of forwards so far.
     """
 
     def __init__(
-        self, group: EPGroup, layer_id: int, peers: PeerBuffers | None, num_batches: int
+        self,
+        group: EPGroup,
+        layer_id: int,
+        peers: PeerBuffers | None,
+        *,
+        num_batches: int,
+        padded: bool,
     ) -> None:
-        self._group, self._layer_id, self._peers = group, layer_id, peers
+        self._group, self._layer_id, self._peers, self._padded = group, layer_id, peers, padded
         self.sent = torch.tensor([0, NO_FAULT], device=group.device)
         self.told_at = [] if peers is None else [peers.new_told() for _ in range(num_batches)]
-        self.is_behind = False
         self.step = 0
         self._word = 0
         nothing = [0] * group.ranks_per_process
@@ -77,16 +82,15 @@ class Words:
             self.sent[1] = torch.where(sound, NO_FAULT, process)
 
     def heard(self) -> Told:
-        """Return what all said in the last forward, waiting for it if need be.
+        """Return what all said in the last forward; where padded, also in one replayed by a graph.
 
         Raises
         ------
         ServingFailed
             Activations of a process are not finite, or a peer stayed away.
         """
-        if self.is_behind:
+        if self._padded:
             assert self._peers is not None
-            self.is_behind = False
             self.hear(self._peers.read_told(self.told_at, self.name("counts")))
         return self._heard
 

@@ -165,8 +165,11 @@ OPTIONS = {
     },
     "selftest": {
         "--backend",
+        "--exchange",
         "--json",
+        "--micro-batches",
         "--nodes",
+        "--padded",
         "--payload",
         "--ranks",
         "--seed",

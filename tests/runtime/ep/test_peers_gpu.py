@@ -1,0 +1,217 @@
+"""On GPUs of one host: the exchange over peer memory gives what the one by collectives gives."""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs GPUs", allow_module_level=True)
+
+import torch.distributed as dist  # noqa: E402
+from ep_ranks import (  # noqa: E402
+    LAYER_ID,
+    SPLITS,
+    assert_nothing_lost,
+    batch,
+    build,
+    check_batch,
+    fill,
+    make_group,
+    random_plan,
+    spawn,
+)
+
+from eplb.errors import InvalidInput, ServingFailed  # noqa: E402
+from eplb.runtime.ep.layer import EPMoELayer  # noqa: E402
+from eplb.runtime.ep.peer_buffers import PeerBuffers  # noqa: E402
+from eplb.runtime.ep.reference import reference_output, relative_error  # noqa: E402
+from eplb.runtime.ep.tables import PlacementTables  # noqa: E402
+
+PROCESSES = min(torch.cuda.device_count(), 4)
+MOST_TOKENS = 20
+NARROW = {"payload": "fp32", "hidden": 64, "inner": 32}
+WIDE = {"hidden": 512, "inner": 256, "dtype": torch.bfloat16}
+CASES = {
+    "fp32": (NARROW, 1e-5),
+    "padded": (NARROW | {"padded": True}, 1e-5),
+    "micro-batches": (NARROW | {"micro_batches": 2}, 1e-5),
+    "bf16": (WIDE | {"payload": "bf16"}, 1.5e-2),
+    "fp8": (WIDE | {"payload": "fp8", "padded": True, "micro_batches": 2}, 1.5e-2),
+}
+
+
+def start(process, folder, **options):
+    device = torch.device("cuda", process)
+    torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{folder}/store", rank=process, world_size=PROCESSES,
+        timeout=timedelta(seconds=60), device_id=device,
+    )  # fmt: skip
+    return make_group(PROCESSES, folder, device=device, **options)
+
+
+def buffers_for(group, plan, hidden, options):
+    return PeerBuffers(
+        group, max_tokens=MOST_TOKENS, hidden_size=hidden, top_k=plan.model.top_k,
+        slots_per_rank=plan.topology.slots_per_rank, num_experts=plan.model.num_experts,
+        payload=options["payload"], micro_batches=options.get("micro_batches", 1),
+    )  # fmt: skip
+
+
+def drawn(group, plan, hidden, dtype, *seed, most=MOST_TOKENS):
+    own = np.random.default_rng([*seed, group.process])
+    num_tokens = int(own.choice([n for n in (0, 1, 2, 7, 20) if n <= most]))
+    x, topk, weight = batch(own, plan.model.num_experts, hidden, plan.model.top_k, num_tokens)
+    return x.to(group.device, dtype), topk.to(group.device), weight.to(group.device)
+
+
+def cases(process, _, folder, num_ranks):
+    group = start(process, folder, num_ranks=num_ranks)
+    for options, bound in CASES.values():
+        hidden, dtype = options["hidden"], options.get("dtype", torch.float32)
+        for seed in range(8):
+            rng = np.random.default_rng(seed)
+            num_experts = int(rng.integers(2, 17))
+            top_k = int(rng.integers(1, min(num_experts, 6) + 1))
+            plan = random_plan(rng, group, num_experts, top_k, split=SPLITS[seed % len(SPLITS)])
+            peers = buffers_for(group, plan, hidden, options)
+            layer, experts = build(group, plan, seed, peers=peers, **options)
+            for step in range(2):
+                x, topk, weight = drawn(group, plan, hidden, dtype, seed, step)
+                layer.word = 10 * seed + process
+                assert check_batch(layer, experts, x, topk, weight) < bound
+                assert layer.word_min == 10 * seed
+                assert_nothing_lost(layer, topk, group)
+                # A fault on one process is told on all, and the next forward is served.
+                spoilt = torch.ones(1, hidden, device=group.device, dtype=dtype)
+                spoilt[0, 3] = torch.nan if process == 0 else 1.0
+                one = topk.new_zeros(1, top_k), weight.new_ones(1, top_k)
+                with pytest.raises(ServingFailed, match="process 0 are not finite"):
+                    _ = check_batch(layer, experts, spoilt, *one), layer.word_min
+                layer.routing.clear()
+            peers.close()
+    group.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("ranks_per_process", [1, 2])
+def test_random_plans(tmp_path, ranks_per_process):
+    spawn(cases, PROCESSES, tmp_path, ranks_per_process * PROCESSES)
+
+
+def same_bits(process, _, folder):
+    group = start(process, folder, num_ranks=2 * PROCESSES)
+    plan = random_plan(np.random.default_rng(0), group, 16, 6, split="nearest")
+    options = WIDE | {"payload": "bf16"}
+    peers = buffers_for(group, plan, 512, options)
+    over_peers, experts = build(group, plan, 0, peers=peers, **options)
+    by_collectives, _ = build(group, plan, 0, **options)
+    for step in range(20):
+        x, topk, weight = drawn(group, plan, 512, torch.bfloat16, step)
+        found = []
+        for layer in (over_peers, by_collectives):
+            layer.routing.append((topk, weight))
+            found.append(layer(x))
+        assert torch.equal(*found)
+        assert over_peers.received_rows == by_collectives.received_rows
+        assert over_peers.received_pairs == by_collectives.received_pairs
+    del experts
+    group.barrier()
+    dist.destroy_process_group()
+
+
+def test_it_gives_the_bits_that_collectives_give(tmp_path):
+    spawn(same_bits, PROCESSES, tmp_path)
+
+
+def captured(process, _, folder):
+    group = start(process, folder, num_ranks=2 * PROCESSES)
+    for split in SPLITS:
+        plan = random_plan(np.random.default_rng(1), group, 12, 4, split=split)
+        options = NARROW | {"padded": True}
+        peers = buffers_for(group, plan, 64, options)
+        layer, experts = build(group, plan, 0, peers=peers, **options)
+        held = torch.zeros(20, 64, device=group.device)
+        topk = torch.zeros(20, 4, dtype=torch.int64, device=group.device)
+        weight = torch.zeros(20, 4, device=group.device)
+        layer.router = lambda _, topk=topk, weight=weight: (topk, weight)
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            layer(held)
+            stream.synchronize()
+            group.barrier()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                y = layer(held)
+        group.barrier()
+        for step in range(6):
+            own = np.random.default_rng([step, process])
+            x, ids, parts = batch(own, 12, 64, 4, 20)
+            for into, new in ((held, x), (topk, ids), (weight, parts)):
+                into.copy_(new)
+            layer.word = step + process
+            graph.replay()
+            assert layer.word_min == step
+            assert_nothing_lost(layer, topk, group)
+            assert relative_error(y, reference_output(held, topk, weight, experts)) < 1e-5
+        if split != "batch":
+            # Another placement, under the same graph.
+            turned = random_plan(
+                np.random.default_rng(2), group, 12, 4, split=split,
+                extra=plan.topology.slots_per_rank - -(-12 // group.num_ranks),
+            )  # fmt: skip
+            tables = PlacementTables.of_plan(turned, LAYER_ID, group)
+            first = group.first_rank * tables.slots_per_rank
+            fill(layer.slots, tables.phys_to_log_S, first, experts)
+            layer.install(tables)
+            graph.replay()
+            assert_nothing_lost(layer, topk, group)
+            assert relative_error(y, reference_output(held, topk, weight, experts)) < 1e-5
+        torch.cuda.synchronize()
+        del graph
+        peers.close()
+    group.barrier()
+    dist.destroy_process_group()
+
+
+def test_a_captured_forward_serves_other_tokens_and_placements(tmp_path):
+    spawn(captured, PROCESSES, tmp_path)
+
+
+def stalls(process, _, folder):
+    group = start(process, folder, timeout_s=3.0)
+    plan = random_plan(np.random.default_rng(0), group, 6, 2)
+    peers = buffers_for(group, plan, 64, NARROW)
+    layer, experts = build(group, plan, 0, peers=peers, **NARROW)
+    x, topk, weight = drawn(group, plan, 64, torch.float32, 0)
+    assert check_batch(layer, experts, x, topk, weight) < 1e-5
+    with pytest.raises(InvalidInput, match="tokens in a batch, and PeerBuffers has room for"):
+        check_batch(layer, experts, *(t.new_zeros(30, *t.shape[1:]) for t in (x, topk, weight)))
+    with pytest.raises(InvalidInput, match="the layer's payload is bf16 and the PeerBuffers' fp32"):
+        EPMoELayer(group, layer.tables, layer.slots, layer.router, hidden_size=64, peers=peers)
+    layer.routing.clear()
+    group.barrier()
+    if process == PROCESSES - 1:
+        time.sleep(12)
+        os._exit(0)
+    began = time.monotonic()
+    with pytest.raises(ServingFailed, match=rf"counts of layer 3, .* process {PROCESSES - 1}"):
+        check_batch(layer, experts, x, topk, weight)
+    # The kernel that waited has ended, so the device is free for what comes next.
+    torch.cuda.synchronize()
+    (Path(folder) / f"waited{process}").write_text(str(time.monotonic() - began))
+    os._exit(0)
+
+
+@pytest.mark.skipif(PROCESSES < 2, reason="needs two GPUs")
+def test_a_stalled_peer_is_named_and_the_wait_on_the_device_ends(tmp_path):
+    spawn(stalls, PROCESSES, tmp_path)
+    waited = [float(path.read_text()) for path in tmp_path.glob("waited*")]
+    assert len(waited) == PROCESSES - 1
+    assert max(waited) < 9
