@@ -59,8 +59,9 @@ class EPMoELayer(nn.Module):
         that run one after the other share it.
     padded : bool
         Compute in buffers of the largest size, so that a forward waits for nothing on the host and
-        can be captured in a CUDA graph: for decoding, with ``peers`` of one node. What a forward
-        raises and tells otherwise is raised and told where :attr:`word_min` is read.
+        can be captured in a CUDA graph: for decoding, with ``peers`` of one node and activations
+        computed in BF16. What a forward raises and tells otherwise is raised and told where
+        :attr:`word_min` is read.
     recorder : Recorder, optional
         Of :mod:`eplb.profiles.recorder`; it is shown every token's experts.
 

@@ -25,10 +25,12 @@ from eplb.runtime.ep.rows import sum_rows
 
 __all__ = ["PeerCrossing", "add_up", "read_told"]
 
-# Programs of a kernel that moves rows: as many as there is room for, or fewer beside computation.
-_ALONE, _BESIDE = 1056, 264
-_WARPS = 8
-_COLUMNS = 2048
+# Of kernels that move rows: programs, warps of each and what it moves at a time. Measured on H100;
+# fewer programs do not leave more room for computation beside them (docs/runtime.md).
+_PROGRAMS, _WARPS, _COLUMNS = 1056, 8, 2048
+# The same of the kernel that adds rows up.
+_SUM_WARPS, _SUM_COLUMNS = 4, 2048
+_SKIP = True
 
 
 class PeerCrossing:
@@ -46,7 +48,7 @@ class PeerCrossing:
     first_slot : int
         Of the node.
     beside : bool
-        Move rows on a stream of their own, with few processors.
+        Move rows on a stream of their own.
     padded : bool
         Sizes are the largest possible, and the host learns nothing.
     """
@@ -64,7 +66,6 @@ class PeerCrossing:
         self._buffers, self._box, self._told = buffers, box, told
         self._first_slot, self._padded = first_slot, padded
         self._beside = beside and buffers.stream is not None
-        self._programs = _BESIDE if self._beside else _ALONE
         C = buffers.num_processes
         self._most_rows = buffers.rows_per_process
         self._num_pairs = C * buffers.max_rows * buffers.top_k
@@ -99,7 +100,7 @@ class PeerCrossing:
         def launch() -> None:
             if T:
                 (tokens,) = as_words(bytes_TB)
-                peer_kernels.dispatch[min(T, self._programs),](
+                peer_kernels.dispatch[min(T, _PROGRAMS),](
                     tokens, slot_TK, weight_TK, self._index_TJ, box.targets, box.counters,
                     box.rows_at, T, tokens.stride(0), slot_TK.stride(0), weight_TK.stride(0),
                     buffers.row_bytes, buffers.meta_bytes, self._first_slot,
@@ -155,7 +156,7 @@ class PeerCrossing:
             values, out = as_words(rows[:, : payload.num_bytes], out_PH.view(torch.uint8))
             scales, width = values, out.shape[1]
         if self._most_rows:
-            peer_kernels.arrive[min(self._most_rows, _ALONE), C](
+            peer_kernels.arrive[min(self._most_rows, _PROGRAMS), C](
                 values, scales, meta, box.rows_C, box.cursor_S, box.index, out, N,
                 values.stride(0), scales.stride(0), meta.stride(0), width, buffers.top_k,
                 -(-payload.hidden_size // BLOCK), K=box.index.shape[1], most=buffers.top_k,
@@ -172,11 +173,11 @@ class PeerCrossing:
 
         def launch() -> None:
             if self._most_rows:
-                peer_kernels.give_back[min(self._most_rows, -(-self._programs // C)), C](
+                peer_kernels.give_back[min(self._most_rows, -(-_PROGRAMS // C)), C](
                     out_PH, meta.view(torch.int32), meta.view(torch.float32), box.rows_C,
                     box.index, box.back_at, N, meta.stride(0) // 4, out_PH.shape[1],
-                    buffers.top_k, K=box.index.shape[1], most=buffers.top_k, columns=1024,
-                    num_warps=4,
+                    buffers.top_k, K=box.index.shape[1], most=buffers.top_k, columns=_SUM_COLUMNS,
+                    num_warps=_SUM_WARPS, skip=_SKIP,
                 )  # fmt: skip
             self._meet(None)
 

@@ -135,10 +135,10 @@ def captured(process, _, folder):
     group = start(process, folder, num_ranks=2 * PROCESSES)
     for split in SPLITS:
         plan = random_plan(np.random.default_rng(1), group, 12, 4, split=split)
-        options = NARROW | {"padded": True}
-        peers = buffers_for(group, plan, 64, options)
+        options = WIDE | {"payload": "bf16", "padded": True}
+        peers = buffers_for(group, plan, 512, options)
         layer, experts = build(group, plan, 0, peers=peers, **options)
-        held = torch.zeros(20, 64, device=group.device)
+        held = torch.zeros(20, 512, device=group.device, dtype=torch.bfloat16)
         topk = torch.zeros(20, 4, dtype=torch.int64, device=group.device)
         weight = torch.zeros(20, 4, device=group.device)
         layer.router = lambda _, topk=topk, weight=weight: (topk, weight)
@@ -152,14 +152,14 @@ def captured(process, _, folder):
         group.barrier()
         for step in range(6):
             own = np.random.default_rng([step, process])
-            x, ids, parts = batch(own, 12, 64, 4, 20)
+            x, ids, parts = batch(own, 12, 512, 4, 20)
             for into, new in ((held, x), (topk, ids), (weight, parts)):
                 into.copy_(new)
             layer.word = step + process
             graph.replay()
             assert layer.word_min == step
             assert_nothing_lost(layer, topk, group)
-            assert relative_error(y, reference_output(held, topk, weight, experts)) < 1e-5
+            assert relative_error(y, reference_output(held, topk, weight, experts)) < 1.5e-2
         if split != "batch":
             # Another placement, under the same graph.
             turned = random_plan(
@@ -172,7 +172,7 @@ def captured(process, _, folder):
             layer.install(tables)
             graph.replay()
             assert_nothing_lost(layer, topk, group)
-            assert relative_error(y, reference_output(held, topk, weight, experts)) < 1e-5
+            assert relative_error(y, reference_output(held, topk, weight, experts)) < 1.5e-2
         torch.cuda.synchronize()
         del graph
         peers.close()
