@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 SIZES = {"prefill": 8192, "decode": 128}
 # Some 2 ms on an H100.
 _AHEAD_CYCLES = 4_000_000
-WARM_UPS, REPEATS = 1, 7
+WARM_UPS, REPEATS = 1, 15
 
 
 class Bench:
@@ -172,8 +172,11 @@ def throughput(
         if variant.captured and group.device.type == "cuda":
             runs[variant.name] = captured(group, runs[variant.name])
     spent: dict[str, list[float]] = {name: [] for name in layers}
+    names = list(runs)
     for repetition in range(bench.warm_ups + bench.repeats):
-        for name, run in runs.items():
+        # Clocks drift within a repetition: each plan comes first, and last, in its turn.
+        for name in names[repetition % len(names) :] + names[: repetition % len(names)]:
+            run = runs[name]
             milliseconds = bench.milliseconds(run)
             if repetition >= bench.warm_ups:
                 spent[name].append(milliseconds / len(layers[name]))
@@ -300,7 +303,7 @@ def exchanges(
         ahead = name != "counts"
         parts.setdefault(name, []).append(bench.milliseconds(run, ahead=ahead))
 
-    for _ in range(bench.warm_ups + 2 * bench.repeats):
+    for _ in range(bench.warm_ups + bench.repeats):
         crossing = Crossing(group, hop, "benchmark")
         counts = partial(_count, crossing, slot_TK, weight_TK, words)
         note("counts", counts)
@@ -328,6 +331,14 @@ def exchanges(
             over.learn("benchmark")
             outputs_PH, _ = over.pairs()
             note("combine", partial(_over_peers, over, outputs_PH, dtype))
+            over.start(bytes_TB, slot_TK, weight_TK, words)
+            over.learn("benchmark")
+            # As if each row had one output.
+            index = buffers.mailboxes[0].index
+            index.fill_(-1)
+            index[:, 0] = torch.arange(len(index), device=group.device)
+            added_NH = torch.empty(len(index), bench.hidden, dtype=dtype, device=group.device)
+            note("return", partial(_over_peers, over, added_NH, dtype))
     found: dict[str, Any] = {
         name: statistics.median(times[bench.warm_ups :]) for name, times in parts.items()
     }

@@ -27,6 +27,7 @@ from eplb.runtime.ep.expert_slots import ExpertLayout, ExpertSlots
 from eplb.runtime.ep.experts import gated_layout
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.layer import EPMoELayer
+from eplb.runtime.ep.peer_buffers import PeerBuffers
 from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.ep.reference import reference_output, relative_error
 from eplb.runtime.ep.tables import PlacementTables
@@ -41,6 +42,7 @@ from eplb.topology import Topology
 # DeepSeek-V3: hidden size, intermediate size of an expert, and its bytes in FP8 without scales.
 HIDDEN, INNER, EXPERT_BYTES = 7168, 2048, 3 * 7168 * 2048
 BUDGET_BYTES_PER_S = 16e9
+BUDGETS_BYTES_PER_S = (BUDGET_BYTES_PER_S, 20e9, None)
 # Transfers timed together, so that what is timed is not their start.
 BACK_TO_BACK = 8
 STAGES = (None, Stage.AGREEING, Stage.MOVING, Stage.CHECKING, Stage.SWITCHED)
@@ -111,11 +113,26 @@ class Serving:
     """Layers under a plan, with random weights that depend on layer and expert alone."""
 
     def __init__(
-        self, group: EPGroup, plan: Plan, layout: ExpertLayout, hidden: int, payload: str
+        self,
+        group: EPGroup,
+        plan: Plan,
+        layout: ExpertLayout,
+        *,
+        hidden: int,
+        payload: str,
+        max_tokens: int,
     ) -> None:
         self.group, self.plan, self.hidden, self.layout = group, plan, hidden, layout
         self.route: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._stacked: dict[int, dict[str, torch.Tensor]] = {}
+        self._peers: PeerBuffers | None = None
+        if group.device.type == "cuda":
+            assert plan.model.top_k is not None
+            self._peers = PeerBuffers(
+                group, max_tokens=max_tokens, hidden_size=hidden, top_k=plan.model.top_k,
+                slots_per_rank=plan.topology.slots_per_rank, num_experts=plan.model.num_experts,
+                payload=payload,
+            )  # fmt: skip
         self.layers = [self._layer(layer_id, payload) for layer_id in plan.placement.layer_ids]
 
     def _layer(self, layer_id: int, payload: str) -> EPMoELayer:
@@ -129,8 +146,13 @@ class Serving:
                 slots.load(slot, self.expert(layer_id, held))
         return EPMoELayer(
             self.group, tables, slots, lambda _: self.route[layer_id], hidden_size=self.hidden,
-            payload=payload,
+            payload=payload, peers=self._peers,
         )  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of the memory that peers write to."""
+        if self._peers is not None:
+            self._peers.close()
 
     def expert(self, layer_id: int, expert: int) -> dict[str, torch.Tensor]:
         """Return an expert's tensors, on the device."""
@@ -252,8 +274,9 @@ def beside_serving(group: EPGroup, sizes: Sizes) -> list[dict[str, Any]]:
     plan = plan_of([np.arange(num_slots)] * sizes.layers, group, num_slots, 8)
     dtype = torch.bfloat16
     serving = Serving(
-        group, plan, gated_layout(sizes.hidden, sizes.inner, dtype), sizes.hidden, "bf16"
-    )
+        group, plan, gated_layout(sizes.hidden, sizes.inner, dtype), hidden=sizes.hidden,
+        payload="bf16", max_tokens=max(sizes.tokens),
+    )  # fmt: skip
     memory = PeerMemory(group)
     into = memory.allocate((sizes.rows, sizes.expert_bytes))
     source = torch.full_like(into, 3)
@@ -308,6 +331,7 @@ def beside_serving(group: EPGroup, sizes: Sizes) -> list[dict[str, Any]]:
             results.append(_summary(num_tokens, name, times, moved))
         results.append(_summary(num_tokens, "alone", alone, 0.0))
     memory.close()
+    serving.close()
     return results
 
 
@@ -326,8 +350,10 @@ def swaps_under_load(group: EPGroup, sizes: Sizes) -> list[dict[str, Any]]:
         plan_of([np.roll(here, k * per_rank)] * sizes.layers, group, num_slots, 8) for k in range(2)
     ]
     layout = gated_layout(sizes.hidden, sizes.inner, torch.bfloat16)
-    serving = Serving(group, plans[0], layout, sizes.hidden, "bf16")
-    for budget in (BUDGET_BYTES_PER_S, None):
+    serving = Serving(
+        group, plans[0], layout, hidden=sizes.hidden, payload="bf16", max_tokens=max(sizes.tokens)
+    )
+    for budget in BUDGETS_BYTES_PER_S:
         # All layers change over together: long moves, of which a rate can be told.
         manager = PlacementManager(group, spare_rows=per_rank * sizes.layers, bytes_per_s=budget)
         manager.attach(serving.layers, plans[0])
@@ -364,6 +390,7 @@ def swaps_under_load(group: EPGroup, sizes: Sizes) -> list[dict[str, Any]]:
             assert manager.plan.digest() == plans[0].digest()
         manager.close()
         synchronize(group)
+    serving.close()
     return results
 
 
@@ -379,7 +406,10 @@ def random_swaps(group: EPGroup, sizes: Sizes) -> dict[str, Any]:
             row[rng.permutation(num_slots)[:experts]] = rng.permutation(experts)
         return plan_of(rows, group, experts, top_k)
 
-    serving = Serving(group, plan(), gated_layout(hidden, 128, torch.bfloat16), hidden, "bf16")
+    serving = Serving(
+        group, plan(), gated_layout(hidden, 128, torch.bfloat16), hidden=hidden, payload="bf16",
+        max_tokens=200,
+    )  # fmt: skip
     manager = PlacementManager(group, spare_rows=per_rank)
     manager.attach(serving.layers, serving.plan)
     worst, lost, steps, held = 0.0, 0, 0, []
@@ -407,6 +437,7 @@ def random_swaps(group: EPGroup, sizes: Sizes) -> dict[str, Any]:
             held.append([torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]])
     moved = manager.status().moved_bytes
     manager.close()
+    serving.close()
     return {"swaps": sizes.random_swaps, "steps": steps, "max_relative_error": worst,
             "tokens_lost": lost, "moved_gb": moved / 1e9,
             "allocated_bytes_every_50_swaps": [a for a, _ in held],
@@ -447,7 +478,10 @@ def die(process: int, processes: int, folder: str, number: int) -> None:
         return rng.permuted(rows, axis=1)
 
     first = plan_of(plan(group.num_ranks), group, experts, 2)
-    serving = Serving(group, first, gated_layout(hidden, 128, torch.bfloat16), hidden, "bf16")
+    serving = Serving(
+        group, first, gated_layout(hidden, 128, torch.bfloat16), hidden=hidden, payload="bf16",
+        max_tokens=64,
+    )  # fmt: skip
     manager = PlacementManager(group, spare_rows=per_rank, liveness=liveness)
     manager.attach(serving.layers, first)
     stage, killed_s = STAGES[number], 0.0

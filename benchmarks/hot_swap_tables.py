@@ -16,7 +16,7 @@ PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "hot-swap.svg"
 COPY_ENGINE_GB_PER_S = 384.0
 WIDTH, HEIGHT, LEFT, TOP = 720, 190, 46, 34
 COLORS = {"idle": "#9aa0a6", "agreeing": "#6fa8dc", "moving": "#3b78c3", "checking": "#e0b345",
-          "switched": "#c3423b"}  # fmt: skip
+          "switching": "#e07a45", "switched": "#c3423b"}  # fmt: skip
 
 
 def _table(head: list[str], body: list[list[str]]) -> str:

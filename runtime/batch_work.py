@@ -156,26 +156,20 @@ class BatchWork:
         assert self._arrivals is not None
         self._add_up([self.spare.rows[int(row)] for row in self._arrivals.row_M[self._received]])
 
-    def switch(self, tables: Sequence[Any]) -> None:
-        """Put rows and tables of the batch in force, and start adding up the slots' rows."""
+    def switch(self, tables: Sequence[Any], part: int) -> None:
+        """Put rows and tables of a part of the batch in force; behind the last, add all rows up."""
         assert self._arrivals is not None
-        self.put_in()
-        for layer in self._arrivals.layers:
+        layers = self._arrivals.parts[part]
+        self._put_in(self._received[np.isin(self._arrivals.layer_M[self._received], layers)])
+        for layer in layers:
             self.layers[layer].install(tables[layer])
+        if part == len(self._arrivals.parts) - 1:
+            self._add_up(self._slot_rows(self._received))
 
     def put_in(self) -> None:
-        """Put the batch's rows into their slots, and start adding these up."""
-        assert self._arrivals is not None
-        index = self._received
-        slot_rows = [
-            self._slot_row(layer, slot)
-            for layer, slot in zip(
-                self._arrivals.layer_M[index], self._arrivals.slot_M[index], strict=True
-            )
-        ]
-        self._is_switched = True
-        self.spare.put_in(slot_rows, self._arrivals.row_M[index].tolist())
-        self._add_up(slot_rows)
+        """Put all of the batch's rows into their slots, and start adding these up."""
+        self._put_in(self._received)
+        self._add_up(self._slot_rows(self._received))
 
     def poll(self) -> bool:
         """Return whether the stage under way is complete on this process.
@@ -216,6 +210,20 @@ class BatchWork:
         """Give up displaced rows: what is in force stays."""
         self.spare.free()
         self._arrivals, self._is_switched = None, False
+
+    def _put_in(self, index: IntArray) -> None:
+        assert self._arrivals is not None
+        self._is_switched = True
+        self.spare.put_in(self._slot_rows(index), self._arrivals.row_M[index].tolist())
+
+    def _slot_rows(self, index: IntArray) -> list[torch.Tensor]:
+        """Return the rows of the slots of some of the arrivals."""
+        assert self._arrivals is not None
+        layer_M, slot_M = self._arrivals.layer_M[index], self._arrivals.slot_M[index]
+        return [
+            self._slot_row(layer, slot)
+            for layer, slot in zip(layer_M.tolist(), slot_M.tolist(), strict=True)
+        ]
 
     def _slot_row(self, layer: int, slot: int) -> torch.Tensor:
         return self.layers[int(layer)].slots.rows[int(slot) % self._slots_per_process]

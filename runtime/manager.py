@@ -51,6 +51,9 @@ class PlacementManager:
         layer whose every slot changes needs as many as the process has slots of it.
     bytes_per_s : float, optional
         Most that this process moves while it serves; no limit where left out.
+    switch_bytes : int, optional
+        Most that a step puts in place: layers that have moved together change over one after the
+        other, as many a step as this allows, at least one. All of them at once where it is None.
     deadline_s : float
         A swap that has not ended by then is rolled back.
     alarm_s : float
@@ -79,6 +82,7 @@ class PlacementManager:
         *,
         spare_rows: int,
         bytes_per_s: float | None = None,
+        switch_bytes: int | None = 1 << 30,
         deadline_s: float = 60.0,
         alarm_s: float = 10.0,
         plan_path: str | os.PathLike[str] | None = None,
@@ -88,10 +92,13 @@ class PlacementManager:
     ) -> None:
         if bytes_per_s is not None and not bytes_per_s > 0:
             raise InvalidInput(f"bytes_per_s must be positive, got {bytes_per_s}")
+        if switch_bytes is not None and switch_bytes < 1:
+            raise InvalidInput(f"switch_bytes must be at least 1, got {switch_bytes}")
         if not deadline_s > 0:
             raise InvalidInput(f"deadline_s must be positive, got {deadline_s}")
         self.group = group
         self.spare_rows, self.bytes_per_s = spare_rows, bytes_per_s
+        self.switch_bytes = switch_bytes
         self.deadline_s, self.alarm_s = deadline_s, alarm_s
         self.plan_path, self.tables_of = plan_path, tables_of
         self.host, self.liveness = host, liveness
@@ -127,14 +134,21 @@ class PlacementManager:
             raise InvalidInput("all layers' experts must have the same tensors; attach equal ones")
         self._layout_digest = layouts.pop()
         digest = plan.digest()
-        others = self.group.gather_text(f"{digest} {self._layout_digest} {self.spare_rows}")
+        row_bytes = layers[0].slots.layout.row_bytes
+        self._rows_per_step = (
+            None if self.switch_bytes is None else max(self.switch_bytes // row_bytes, 1)
+        )
+        others = self.group.gather_text(
+            f"{digest} {self._layout_digest} {self.spare_rows} {self._rows_per_step}"
+        )
         if len(set(others)) > 1:
             raise InvalidInput(
-                f"processes serve different plans, layouts or spare rows: {sorted(set(others))}; "
-                "start all from one plan"
+                f"processes serve different plans, layouts, spare rows or rows switched a step: "
+                f"{sorted(set(others))}; start all from one plan, with the same options"
             )
         self._slots_per_process = plan.topology.slots_per_rank * self.group.ranks_per_process
         self.layers = layers
+        self._is_captured = any(getattr(layer, "padded", False) for layer in layers)
         # On the thread that works for swaps, so that the first one finds it warm.
         here = self._submit(plan.placement.phys_to_log_LS, plan).result()
         self._tables = list(here.tables)
@@ -195,6 +209,9 @@ class PlacementManager:
         self._transaction, action = self._transaction.hear(word_min)
         result = self._act(action, abort_of(word_min)) if action is not None else None
         if self._swap is not None:
+            if self._is_captured:
+                # No forward says when its dispatch is on the stream.
+                self._work.lane.pump()
             self._go_on(self._swap)
         word = self._transaction.word(self.group.process)
         for layer in self.layers:
@@ -241,8 +258,8 @@ class PlacementManager:
         """Return a manager with the same options for another group, not attached yet."""
         return PlacementManager(
             group, spare_rows=self.spare_rows, bytes_per_s=self.bytes_per_s,
-            deadline_s=self.deadline_s, alarm_s=self.alarm_s, plan_path=self.plan_path,
-            tables_of=self.tables_of, host=self.host, liveness=liveness,
+            switch_bytes=self.switch_bytes, deadline_s=self.deadline_s, alarm_s=self.alarm_s,
+            plan_path=self.plan_path, tables_of=self.tables_of, host=self.host, liveness=liveness,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -274,8 +291,9 @@ class PlacementManager:
     def _begin(self, plan: Plan, *, is_returning: bool = False) -> None:
         old_LS, new_LS = self._in_force.slots_LS(), plan.placement.phys_to_log_LS
         batches = layer_batches(
-            (new_LS != old_LS) & (new_LS >= 0), self._slots_per_process, self.spare_rows
-        )
+            (new_LS != old_LS) & (new_LS >= 0), self._slots_per_process, self.spare_rows,
+            self._rows_per_step,
+        )  # fmt: skip
         # Peers may still be reading what was said of the last one.
         self._board.clear(self._transaction.epoch - 2)
         now_s = time.monotonic()
@@ -286,14 +304,15 @@ class PlacementManager:
             begun_s=now_s,
             is_returning=is_returning,
         )
-        self._transaction = self._transaction.begin(len(batches))
+        self._transaction = self._transaction.begin(map(len, batches))
         self._returning_from = None
         self._progress_s = now_s
 
     def _submit(self, old_LS: IntArray, plan: Plan) -> Future[Prepared]:
         return self._pool.submit(
-            prepare, self.group, old_LS, plan, spare_rows=self.spare_rows, tables_of=self.tables_of
-        )
+            prepare, self.group, old_LS, plan, spare_rows=self.spare_rows,
+            rows_per_step=self._rows_per_step, tables_of=self.tables_of,
+        )  # fmt: skip
 
     def _act(self, action: Action, abort: Abort | None) -> SwapResult | None:
         """Do what all processes do at this step."""
@@ -313,15 +332,17 @@ class PlacementManager:
             self._moved_bytes += len(received) * work.spare.rows.shape[1]
             self._attempt(work.check)
         elif action is Action.SWITCH:
-            layers = prepared.batches[self._transaction.batch].layers
+            part = self._transaction.num_parts_in - 1
+            layers = prepared.batches[self._transaction.batch].parts[part]
             now = self._in_force
             after = (
                 now.returned(layers)
                 if swap.is_returning
                 else now.switched(swap.plan, prepared.digest, layers)
             )
-            self._put_in_force(after, now)
-            work.switch(prepared.tables)
+            # Until all parts are in everywhere, what this process can go back to is the beginning.
+            self._put_in_force(after, self._fallback or now)
+            work.switch(prepared.tables, part)
         else:
             return self._finish(swap, prepared)
         return None

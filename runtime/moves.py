@@ -30,8 +30,8 @@ class Arrivals:
 
     Parameters
     ----------
-    layers : tuple of int
-        Rows of the placement.
+    parts : tuple of tuple of int
+        Rows of the placement: the layers that change over together at each step of the switch.
     layer_M, slot_M, expert_M : array of int64, shape [M]
         Row of the layer, slot in the layer, and the logical expert that comes there.
     source_M : array of int64, shape [M]
@@ -42,7 +42,7 @@ class Arrivals:
         Spare row of the receiving process in which it waits.
     """
 
-    layers: tuple[int, ...]
+    parts: tuple[tuple[int, ...], ...]
     layer_M: IntArray
     slot_M: IntArray
     expert_M: IntArray
@@ -54,6 +54,11 @@ class Arrivals:
         for name in self.__dataclass_fields__:
             if name.endswith("_M"):
                 object.__setattr__(self, name, frozen_array(getattr(self, name), np.int64))
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """All layers of the batch."""
+        return tuple(layer for part in self.parts for layer in part)
 
     @property
     def num_rows(self) -> int:
@@ -82,6 +87,7 @@ def swap_batches(
     ranks_per_process: int,
     ranks_per_node: int,
     spare_rows: int,
+    rows_per_step: int | None = None,
 ) -> list[Arrivals]:
     """Return the batches of a swap, at least one; layers keep their order.
 
@@ -91,6 +97,8 @@ def swap_batches(
         Logical expert in each slot, -1 where there is none.
     spare_rows : int
         Rows that may wait on a process at a time.
+    rows_per_step : int, optional
+        See :func:`layer_batches`.
 
     Raises
     ------
@@ -99,21 +107,28 @@ def swap_batches(
     """
     slots_per_process = slots_per_rank * ranks_per_process
     changed_LS = (new_LS != old_LS) & (new_LS >= 0)
-    batches = layer_batches(changed_LS, slots_per_process, spare_rows)
+    batches = layer_batches(changed_LS, slots_per_process, spare_rows, rows_per_step)
     return [
         find_arrivals(
-            old_LS, new_LS, layers,
+            old_LS, new_LS, parts,
             slots_per_rank=slots_per_rank, slots_per_process=slots_per_process,
             ranks_per_node=ranks_per_node,
         )
-        for layers in batches
+        for parts in batches
     ]  # fmt: skip
 
 
 def layer_batches(
-    changed_LS: np.ndarray, slots_per_process: int, spare_rows: int
-) -> list[list[int]]:
-    """Return which layers change over together: as many, in their order, as spare rows allow.
+    changed_LS: np.ndarray,
+    slots_per_process: int,
+    spare_rows: int,
+    rows_per_step: int | None = None,
+) -> list[list[list[int]]]:
+    """Return the parts of each batch, and the layers of each part; layers keep their order.
+
+    A batch takes as many layers as spare rows allow. A part takes as many as put at most
+    ``rows_per_step`` rows in place on every process, at least one; the whole batch where it is left
+    out.
 
     Raises
     ------
@@ -129,28 +144,35 @@ def layer_batches(
             f"{most} slots of one layer (row {layer}) change on process {process}, and "
             f"{spare_rows} rows can wait there; give spare_rows={most}, or move fewer experts"
         )
-    batches: list[list[int]] = [[]]
+    batches: list[list[list[int]]] = [[[]]]
     waiting_P = np.zeros(count_LP.shape[1], np.int64)
+    put_in_P = waiting_P.copy()
     for layer, count_P in enumerate(count_LP):
         if (waiting_P + count_P).max() > spare_rows:
-            batches.append([])
-            waiting_P[:] = 0
-        batches[-1].append(layer)
+            batches.append([[]])
+            waiting_P[:] = put_in_P[:] = 0
+        parts = batches[-1]
+        if parts[-1] and rows_per_step is not None and (put_in_P + count_P).max() > rows_per_step:
+            parts.append([])
+            put_in_P[:] = 0
+        parts[-1].append(layer)
         waiting_P += count_P
+        put_in_P += count_P
     return batches
 
 
 def find_arrivals(
     old_LS: IntArray,
     new_LS: IntArray,
-    layers: Sequence[int],
+    parts: Sequence[Sequence[int]],
     *,
     slots_per_rank: int,
     slots_per_process: int,
     ranks_per_node: int,
 ) -> Arrivals:
     """Return the rows of one batch of layers with their sources, rounds and spare rows."""
-    old, new = old_LS[list(layers)], new_LS[list(layers)]
+    layers = [layer for part in parts for layer in part]
+    old, new = old_LS[layers], new_LS[layers]
     row_M, slot_M = np.nonzero((new != old) & (new >= 0))
     expert_M = new[row_M, slot_M]
     source_rank_M = slot_M // slots_per_rank
@@ -175,7 +197,7 @@ def find_arrivals(
     source_M = _slot_of(old, row_M, source_rank_M, expert_M, slots_per_rank)
     source_M[is_lost_M] = CHECKPOINT
     return Arrivals(
-        layers=tuple(layers),
+        parts=tuple(map(tuple, parts)),
         layer_M=np.array(layers, np.int64)[row_M],
         slot_M=slot_M,
         expert_M=expert_M,

@@ -45,7 +45,13 @@ class Swap:
 
 
 def prepare(
-    group: EPGroup, old_LS: IntArray, plan: Plan, *, spare_rows: int, tables_of: TablesOf
+    group: EPGroup,
+    old_LS: IntArray,
+    plan: Plan,
+    *,
+    spare_rows: int,
+    rows_per_step: int | None,
+    tables_of: TablesOf,
 ) -> Prepared:
     """Work out a swap from the slots in force to a plan, on a thread beside serving.
 
@@ -62,6 +68,7 @@ def prepare(
         ranks_per_process=group.ranks_per_process,
         ranks_per_node=group.ranks_per_node,
         spare_rows=spare_rows,
+        rows_per_step=rows_per_step,
     )  # fmt: skip
     tables = [tables_of(plan, layer_id, group) for layer_id in plan.placement.layer_ids]
     if group.device.type == "cuda":

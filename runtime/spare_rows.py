@@ -41,26 +41,27 @@ class SpareRows:
         self.num_rows = num_rows
         self.rows = allocate((num_rows + 1, row_bytes))
         self._displaced: list[tuple[torch.Tensor, int]] = []
+        self._empty = num_rows
 
     def put_in(self, slot_rows: Sequence[torch.Tensor], waiting: Sequence[int]) -> None:
         """Put waiting rows into slots, and keep what was there until :meth:`free`.
 
         Runs on the current stream, behind the steps launched before and ahead of the next.
         """
-        assert not self._displaced, "displaced rows of another batch are kept"
-        empty = self.num_rows
         for slot_row, row in zip(slot_rows, waiting, strict=True):
-            self.rows[empty].copy_(slot_row)
-            slot_row.copy_(self.rows[row])
-            self._displaced.append((slot_row, empty))
-            empty = row
+            waiting_row = self.rows[row]
+            self.rows[self._empty].copy_(slot_row)
+            slot_row.copy_(waiting_row)
+            self._displaced.append((slot_row, self._empty))
+            self._empty = row
 
     def put_back(self) -> None:
         """Put displaced rows back into their slots."""
         for slot_row, row in self._displaced:
             slot_row.copy_(self.rows[row])
-        self._displaced.clear()
+        self.free()
 
     def free(self) -> None:
-        """Give displaced rows up."""
+        """Give displaced rows up; all rows are free then."""
         self._displaced.clear()
+        self._empty = self.num_rows

@@ -52,8 +52,9 @@ def agreed_loss(process: int, views: Mapping[int, View], num_processes: int) -> 
 def agreed_digest(views: Iterable[View]) -> str:
     """Return the placement that all can have in force.
 
-    Two processes are at most one switch apart: a switch happens when all have announced the one
-    before. Who is ahead can go back as long as not all are known to have followed.
+    Two processes are at most one step of a switch apart: each happens when all have announced the
+    one before. Who is ahead can go back as long as not all are known to have followed: to where the
+    switch began, so within one that is where all go.
 
     Raises
     ------
@@ -61,8 +62,8 @@ def agreed_digest(views: Iterable[View]) -> str:
         There is none.
     """
     views = list(views)
-    possible = set.intersection(*({v.in_force, v.fallback} - {None} for v in views))
-    common = {v.in_force for v in views} & possible
+    possible = set.intersection(*({v.in_force, v.fallback or v.in_force} for v in views))
+    common = {v.in_force for v in views} & possible or possible
     if not common:
         raise ServingFailed(
             "survivors have no placement in common; restart all from the checkpoint"

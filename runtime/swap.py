@@ -9,7 +9,8 @@ A swap goes batch by batch, since spare rows are few. For each batch all process
 
 1. *move* its rows into spare rows while the old placement serves;
 2. *check* what has arrived, when all have moved;
-3. *switch*: put rows and tables of the batch in force, when all have checked, and check again;
+3. *switch*, when all have checked: put rows and tables of the batch in force part by part, a part
+   at a step, and check again when all parts are in;
 4. free the displaced rows and go on with the next batch, when all have switched.
 
 This module is pure: no device, thread or clock. What it orders is done by
@@ -18,8 +19,11 @@ This module is pure: no device, thread or clock. What it orders is done by
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
+from itertools import accumulate
 
 __all__ = ["Abort", "AbortReason", "Action", "Stage", "Transaction", "abort_of"]
 
@@ -29,9 +33,10 @@ _EPOCH_SHIFT = 32
 _PROGRESS_MASK = (1 << _EPOCH_SHIFT) - 1
 _PROCESS_SHIFT = 8
 _REASON_MASK = (1 << _PROCESS_SHIFT) - 1
-# Progress: 1 is "agreed to this plan", then three for each batch.
+# Progress: 1 is "agreed to this plan", then for each batch 1 for "moved", 1 for "checked" and 1 for
+# each of its parts that is in force.
 _AGREED = 1
-_PER_BATCH = 3
+_BEFORE_PARTS = 2
 
 
 class AbortReason(IntEnum):
@@ -67,6 +72,7 @@ class Stage(Enum):
     AGREEING = "agreeing"
     MOVING = "moving"
     CHECKING = "checking"
+    SWITCHING = "switching"
     SWITCHED = "switched"
 
 
@@ -75,7 +81,7 @@ class Action(Enum):
 
     MOVE = "move the rows of the present batch"
     CHECK = "check what has arrived"
-    SWITCH = "put the present batch in force"
+    SWITCH = "put the next part of the present batch in force"
     FINISH = "all is in force"
     ROLL_BACK = "put the old placement of the present batch back in force"
 
@@ -109,8 +115,8 @@ class Transaction:
     ----------
     epoch : int
         Equal on all processes at each step.
-    num_batches : int
-        Of the swap under way; 0 where there is none.
+    batch_ends : tuple of int
+        Progress with which each batch of the swap under way ends; empty where there is none.
     completed : int
         Progress that this process has made and announces.
     followed : int
@@ -120,26 +126,37 @@ class Transaction:
     """
 
     epoch: int = 1
-    num_batches: int = 0
+    batch_ends: tuple[int, ...] = ()
     completed: int = 0
     followed: int = 0
     reason: AbortReason | None = None
 
     @property
+    def num_batches(self) -> int:
+        """Batches of the swap under way; 0 where there is none."""
+        return len(self.batch_ends)
+
+    @property
     def batch(self) -> int:
         """The present batch."""
-        return max(self.followed - _AGREED, 0) // _PER_BATCH
+        return bisect_right(self.batch_ends, self.followed)
+
+    @property
+    def num_parts_in(self) -> int:
+        """Parts of the present batch that are in force."""
+        return max(self._in_batch - _BEFORE_PARTS + 1, 0)
 
     @property
     def stage(self) -> Stage:
         """What this process is at."""
-        if not self.num_batches:
+        if not self.batch_ends:
             return Stage.IDLE
         if self.followed < _AGREED:
             return Stage.AGREEING
-        return (Stage.MOVING, Stage.CHECKING, Stage.SWITCHED)[
-            (self.followed - _AGREED) % _PER_BATCH
-        ]
+        if self._in_batch < _BEFORE_PARTS:
+            return (Stage.MOVING, Stage.CHECKING)[self._in_batch]
+        is_last = self.followed + 1 == self.batch_ends[self.batch]
+        return Stage.SWITCHED if is_last else Stage.SWITCHING
 
     @property
     def is_waiting(self) -> bool:
@@ -152,21 +169,23 @@ class Transaction:
             return -(self.epoch << _EPOCH_SHIFT | process << _PROCESS_SHIFT | self.reason)
         return self.epoch << _EPOCH_SHIFT | self.completed
 
-    def begin(self, num_batches: int) -> Transaction:
-        """Begin a swap; its batches are known once the plan has been looked at."""
-        assert not self.num_batches, "a swap is under way"
-        assert num_batches > 0
-        return replace(self, num_batches=num_batches)
+    def begin(self, num_parts: Iterable[int]) -> Transaction:
+        """Begin a swap of batches with so many parts each, from 1 on."""
+        assert not self.batch_ends, "a swap is under way"
+        ends = accumulate((_BEFORE_PARTS + parts for parts in num_parts), initial=_AGREED)
+        batch_ends = tuple(ends)[1:]
+        assert batch_ends
+        return replace(self, batch_ends=batch_ends)
 
     def complete(self) -> Transaction:
         """Announce that this process is done with its stage."""
-        assert self.num_batches, "no swap is under way"
+        assert self.batch_ends, "no swap is under way"
         assert not self.is_waiting, "already announced"
         return replace(self, completed=self.completed + 1)
 
     def abort(self, reason: AbortReason) -> Transaction:
         """Want to roll back; the first reason stays."""
-        assert self.num_batches, "no swap is under way"
+        assert self.batch_ends, "no swap is under way"
         return self if self.reason is not None else replace(self, reason=reason)
 
     def hear(self, word_min: int) -> tuple[Transaction, Action | None]:
@@ -178,17 +197,22 @@ class Transaction:
         if abort is not None:
             if abort.epoch != self.epoch:
                 return self, None
-            action = Action.ROLL_BACK if self.num_batches else None
+            action = Action.ROLL_BACK if self.batch_ends else None
             return Transaction(self.epoch + 1), action
         agreed = word_min & _PROGRESS_MASK
         same_epoch = word_min >> _EPOCH_SHIFT == self.epoch
-        if not (self.num_batches and same_epoch and self.is_waiting and agreed >= self.completed):
+        if not (self.batch_ends and same_epoch and self.is_waiting and agreed >= self.completed):
             return self, None
         heard = replace(self, followed=self.completed)
-        if heard.followed == _AGREED + _PER_BATCH * self.num_batches:
+        if heard.followed == self.batch_ends[-1]:
             return Transaction(self.epoch + 1), Action.FINISH
-        return heard, {
-            Stage.MOVING: Action.MOVE,
-            Stage.CHECKING: Action.CHECK,
-            Stage.SWITCHED: Action.SWITCH,
-        }[heard.stage]
+        return heard, _ACTION.get(heard.stage, Action.SWITCH)
+
+    @property
+    def _in_batch(self) -> int:
+        """How much of the present batch all have made."""
+        batch = self.batch
+        return self.followed - (self.batch_ends[batch - 1] if batch else _AGREED)
+
+
+_ACTION = {Stage.MOVING: Action.MOVE, Stage.CHECKING: Action.CHECK}

@@ -203,14 +203,14 @@ def random_swaps(process, num_processes, folder, cases):
 # Faults. Each begins and ends with the old plan in force on all processes of one group.
 
 
-def faults(process, num_processes, folder, names):
+def faults(process, num_processes, folder, names, options):
     """Go through faults one after the other in one group, which shows that serving goes on."""
     start(process, num_processes, folder)
     group = make_swap_group(num_processes, folder)
-    serving = Serving(group, swap_plan(0, num_processes, 5), spare_rows=5)
+    serving = Serving(group, swap_plan(0, num_processes, 5), **options)
     for number, name in enumerate(names):
         try:
-            FAULTS[name](serving, swap_plan(number + 1, num_processes, 5))
+            (FAULTS | FAULTS_OF_PARTS)[name](serving, swap_plan(number + 1, num_processes, 5))
             serving.check_in_force(serving.plan)
             # Whatever was wrong is over: the next swap is done.
             serving.manager.deadline_s = 60.0
@@ -467,6 +467,13 @@ FAULTS = {
     "source refuses": source_refuses,
     "source hangs up": source_hangs_up,
 }
+# Where layers that moved together change over one at a step.
+FAULTS_OF_PARTS = {
+    "aborted, switching": partial(aborted, Stage.SWITCHING, 0),
+    "aborted, all parts in": partial(aborted, Stage.SWITCHED, 0),
+    "late, switching": partial(late, Stage.SWITCHING, 0),
+    "corrupted in its slot, the last part": corrupted_in_slot,
+}
 
 
 # Deaths. A process kills itself; the others have to notice, agree, and go on without it.
@@ -478,8 +485,13 @@ def death(process, num_processes, folder, stage, batch_number, victim, options):
     group = make_swap_group(num_processes, folder, **options)
     liveness = Liveness(group)
     plan = swap_plan(0, group.num_ranks, 8, ranks_per_node=group.ranks_per_node)
-    spare_rows = 8 * group.ranks_per_process
-    serving = Serving(group, plan, spare_rows=spare_rows, liveness=liveness)
+    # All layers in one batch that changes over part by part, or each in a batch of its own.
+    in_parts = stage in {Stage.SWITCHING, "apart, switching"}
+    spare_rows = 8 * group.ranks_per_process * (len(LAYER_IDS) if in_parts else 1)
+    switch_bytes = 1 if in_parts else None
+    serving = Serving(
+        group, plan, spare_rows=spare_rows, switch_bytes=switch_bytes, liveness=liveness
+    )
     target = swap_plan(1, group.num_ranks, 8, ranks_per_node=group.ranks_per_node)
     with pytest.raises(RanksLost, match=f"process {victim} ") as caught:
         serve_until_death(serving, target, stage, batch_number, victim)
@@ -511,7 +523,9 @@ def dead_ranks(group, loss):
 
 def serve_until_death(serving, target, stage, batch_number, victim):
     if stage == "apart":
-        switch_apart(serving, target, victim)
+        switch_apart(serving, target, victim, Stage.CHECKING, Stage.SWITCHED)
+    if stage == "apart, switching":
+        switch_apart(serving, target, victim, Stage.SWITCHING, Stage.SWITCHING)
     serving.manager.begin_swap(target)
     serving.reach(stage, batch_number)
     if serving.group.process == victim:
@@ -520,14 +534,14 @@ def serve_until_death(serving, target, stage, batch_number, victim):
         serving.step()
 
 
-def switch_apart(serving, target, victim):
+def switch_apart(serving, target, victim, before, after):
     """Lose a process when one survivor has switched and the other has not heard that all may."""
     manager = serving.manager
     manager.begin_swap(target)
-    serving.reach(Stage.CHECKING)
+    serving.reach(before)
     agreed = torch.tensor(0)
     while not agreed:
-        assert manager.status().stage is Stage.CHECKING
+        assert manager.status().stage is before
         agreed = torch.tensor(int(manager._transaction.is_waiting))
         dist.all_reduce(agreed, dist.ReduceOp.MIN, group=serving.group.control)
         if not agreed:
@@ -539,7 +553,7 @@ def switch_apart(serving, target, victim):
         # What the next forward would have said.
         serving.layers[0]._words.hear([Told((manager._transaction.word(0), NO_FAULT), [], [])])
         manager.step()
-        assert manager.status().stage is Stage.SWITCHED
+        assert manager.status().stage is after
     while True:
         manager.liveness.check(1.0)
 

@@ -29,8 +29,7 @@ __all__ = ["PeerCrossing", "add_up", "read_told"]
 # fewer programs do not leave more room for computation beside them (docs/runtime.md).
 _PROGRAMS, _WARPS, _COLUMNS = 1056, 8, 2048
 # The same of the kernel that adds rows up.
-_SUM_WARPS, _SUM_COLUMNS = 4, 2048
-_SKIP = True
+_SUM_PROGRAMS, _SUM_WARPS, _SUM_COLUMNS = 2112, 4, 1024
 
 
 class PeerCrossing:
@@ -173,11 +172,11 @@ class PeerCrossing:
 
         def launch() -> None:
             if self._most_rows:
-                peer_kernels.give_back[min(self._most_rows, -(-_PROGRAMS // C)), C](
+                peer_kernels.give_back[min(self._most_rows, -(-_SUM_PROGRAMS // C)), C](
                     out_PH, meta.view(torch.int32), meta.view(torch.float32), box.rows_C,
                     box.index, box.back_at, N, meta.stride(0) // 4, out_PH.shape[1],
                     buffers.top_k, K=box.index.shape[1], most=buffers.top_k, columns=_SUM_COLUMNS,
-                    num_warps=_SUM_WARPS, skip=_SKIP,
+                    num_warps=_SUM_WARPS,
                 )  # fmt: skip
             self._meet(None)
 

@@ -227,7 +227,7 @@ def arrive(  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def give_back(  # type: ignore[no-untyped-def]
     outputs, meta, weights, rows_C, index, back_at, most_rows, row_metas, hidden, top_k,
-    K: tl.constexpr, most: tl.constexpr, columns: tl.constexpr, skip: tl.constexpr = False,
+    K: tl.constexpr, most: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
     """Write the weighted sum of each received row's outputs to where its process wants it."""
     source = tl.program_id(1)
@@ -243,11 +243,8 @@ def give_back(  # type: ignore[no-untyped-def]
             for k in tl.static_range(most):
                 at = tl.load(index + row * K + k).to(tl.int64)
                 weight = tl.load(weights + row * row_metas + top_k + k)
-                if skip:
-                    if at >= 0:
-                        value = tl.load(outputs + at * hidden + column, mask=inside, other=0.0)
-                        total += value.to(tl.float32) * weight
-                else:
-                    value = tl.load(outputs + at * hidden + column, mask=inside & (at >= 0), other=0.0)
-                    total += tl.where(at >= 0, value.to(tl.float32) * weight, 0.0)
+                # Most rows have few pairs: a branch costs less than loads of nothing.
+                if at >= 0:
+                    value = tl.load(outputs + at * hidden + column, mask=inside, other=0.0)
+                    total += value.to(tl.float32) * weight
             tl.store(back + to * hidden + column, total.to(outputs.dtype.element_ty), mask=inside)

@@ -59,6 +59,8 @@ def test_nobody_concludes_before_all_survivors_have_spoken():
         ([("b", "a"), ("b", "a")], "b"),
         ([("b", None), ("b", "a")], "b"),
         ([("c", "b"), ("b", None), ("c", "b")], "b"),
+        # Within a switch of several parts: where it began.
+        ([("b", "a"), ("c", "a"), ("b", "a")], "a"),
     ],
 )
 def test_survivors_that_are_a_switch_apart_have_one_placement_in_common(views, digest):

@@ -72,7 +72,7 @@ def test_experts_without_a_replica_come_from_the_checkpoint(swap):
     lost = old[0, 0]
     old = np.where(old == lost, -1, old)
     arrivals = find_arrivals(
-        old, new, range(len(old)), slots_per_rank=per_rank,
+        old, new, [range(len(old))], slots_per_rank=per_rank,
         slots_per_process=per_rank * ranks_per_process, ranks_per_node=1,
     )  # fmt: skip
     is_lost = arrivals.expert_M == lost
@@ -83,6 +83,8 @@ def test_a_layer_that_does_not_fit_is_refused_with_what_would_do():
     changed = np.ones((2, 6), bool)
     with pytest.raises(MigrationFailed, match="give spare_rows=3"):
         layer_batches(changed, 3, 2)
-    assert layer_batches(changed, 3, 3) == [[0], [1]]
-    assert layer_batches(changed, 3, 6) == [[0, 1]]
-    assert layer_batches(changed & False, 3, 1) == [[0, 1]]
+    assert layer_batches(changed, 3, 3) == [[[0]], [[1]]]
+    assert layer_batches(changed, 3, 6) == [[[0, 1]]]
+    assert layer_batches(changed, 3, 6, 5) == [[[0], [1]]]
+    assert layer_batches(changed, 3, 6, 6) == [[[0, 1]]]
+    assert layer_batches(changed & False, 3, 1, 1) == [[[0, 1]]]

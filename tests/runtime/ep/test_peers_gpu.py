@@ -16,13 +16,11 @@ if not torch.cuda.is_available():
 
 import torch.distributed as dist  # noqa: E402
 from ep_ranks import (  # noqa: E402
-    LAYER_ID,
     SPLITS,
     assert_nothing_lost,
     batch,
     build,
     check_batch,
-    fill,
     make_group,
     random_plan,
     spawn,
@@ -32,7 +30,7 @@ from eplb.errors import InvalidInput, ServingFailed  # noqa: E402
 from eplb.runtime.ep.layer import EPMoELayer  # noqa: E402
 from eplb.runtime.ep.peer_buffers import PeerBuffers  # noqa: E402
 from eplb.runtime.ep.reference import reference_output, relative_error  # noqa: E402
-from eplb.runtime.ep.tables import PlacementTables  # noqa: E402
+from eplb.runtime.manager import PlacementManager  # noqa: E402
 
 PROCESSES = min(torch.cuda.device_count(), 4)
 MOST_TOKENS = 20
@@ -161,18 +159,23 @@ def captured(process, _, folder):
             assert_nothing_lost(layer, topk, group)
             assert relative_error(y, reference_output(held, topk, weight, experts)) < 1.5e-2
         if split != "batch":
-            # Another placement, under the same graph.
+            # Swapped to another placement, under the same graph.
             turned = random_plan(
                 np.random.default_rng(2), group, 12, 4, split=split,
                 extra=plan.topology.slots_per_rank - -(-12 // group.num_ranks),
             )  # fmt: skip
-            tables = PlacementTables.of_plan(turned, LAYER_ID, group)
-            first = group.first_rank * tables.slots_per_rank
-            fill(layer.slots, tables.phys_to_log_S, first, experts)
-            layer.install(tables)
-            graph.replay()
-            assert_nothing_lost(layer, topk, group)
-            assert relative_error(y, reference_output(held, topk, weight, experts)) < 1.5e-2
+            manager = PlacementManager(group, spare_rows=layer.slots.num_slots)
+            manager.attach([layer], plan)
+            manager.begin_swap(turned)
+            result = None
+            while result is None:
+                result = manager.step()
+                graph.replay()
+                assert_nothing_lost(layer, topk, group)
+                assert relative_error(y, reference_output(held, topk, weight, experts)) < 1.5e-2
+            assert result.error is None
+            assert layer.tables.digest == manager.plan.digest() == turned.digest()
+            manager.close()
         torch.cuda.synchronize()
         del graph
         peers.close()
