@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from table_format import markdown_table
+
 __all__ = ["EP_LAYER_TABLES"]
 
 RESULTS = Path(__file__).parent / "results" / "ep-layer.json"
@@ -15,11 +17,6 @@ RESULTS = Path(__file__).parent / "results" / "ep-layer.json"
 def _results() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(RESULTS.read_text())["results"]
     return found
-
-
-def _markdown(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def layer() -> str:
@@ -52,54 +49,49 @@ def layer() -> str:
         "imbalance, tokens",
         "experts of the slowest rank alone, ms",
     ]
-    return _markdown(head, body) + _measured_on()
+    return markdown_table(head, body) + _measured_on()
 
 
 def exchange() -> str:
-    """Return what dispatch and combine take beside the collective in them."""
+    """Return what dispatch and combine take beside the collective that moves the same bytes."""
     body = []
     for phase in ("prefill", "decode"):
         found = _results()[f"exchange, {phase}"]
-        for part in ("dispatch", "combine"):
-            alone = found[f"{part}, all_to_all_single"]
-            body.append(
-                [
-                    f"{found['rows_sent']:,} rows of a process",
-                    part,
-                    f"{found[part]:.3f}",
-                    f"{alone:.3f}",
-                    f"{100 * (found[part] / alone - 1):+.0f}%",
-                ]
-            )
-        body.append(
-            [
-                f"{found['rows_sent']:,} rows of a process",
-                "counts",
-                f"{found['counts']:.3f}",
-                "",
-                "",
-            ]
-        )
-    return _markdown(["", "", "ms", "all_to_all_single of the same bytes, ms", ""], body)
+        for part in ("dispatch", "return", "combine"):
+            alone = found[f"{'dispatch' if part == 'dispatch' else 'return'}, all_to_all_single"]
+            for way, name in (("peer memory", part), ("collectives", f"{part}, collectives")):
+                body.append(
+                    [f"{found['rows_sent']:,} rows of a process", part, way, f"{found[name]:.3f}",
+                     f"{alone:.3f}", f"{100 * (found[name] / alone - 1):+.0f}%"]
+                )  # fmt: skip
+        rows = f"{found['rows_sent']:,} rows of a process"
+        body.append([rows, "counts", "collectives", f"{found['counts']:.3f}", "", ""])
+    return markdown_table(["", "", "by", "ms", "all_to_all_single of the same bytes, ms", ""], body)
 
 
 def overlap() -> str:
     """Return what two micro-batches change."""
     body = []
     for name, found in _results().items():
-        for plan, figures in found.get("layer", {}).items():
-            if f"{plan}, overlap" in found.get("layer", {}):
-                ms = found["layer"][f"{plan}, overlap"]["ms"]
-                body.append(
-                    [
-                        f"{name.partition(',')[0]}, {found['tokens_per_rank']:,} tokens a rank",
-                        plan,
-                        f"{figures['ms']:.2f}",
-                        f"{ms:.2f}",
-                        f"{100 * (figures['ms'] / ms - 1):+.0f}%",
-                    ]
-                )
-    return _markdown(["", "", "one batch, ms", "two micro-batches, ms", "tokens/s"], body)
+        plans = found.get("layer", {})
+        for plan, figures in plans.items():
+            if f"{plan}, overlap" not in plans:
+                continue
+            phase = "prefill" if found["tokens_per_rank"] > 1000 else "decode"
+            moved = _results()[f"exchange, {phase}"]
+            whole, overlapped, in_turn = (
+                one["ms"]
+                for one in (figures, plans[f"{plan}, overlap"], plans[f"{plan}, halves in turn"])
+            )
+            hidden = (in_turn - overlapped) / (moved["dispatch"] + moved["combine"])
+            body.append(
+                [f"{name.partition(',')[0]}, {found['tokens_per_rank']:,} tokens a rank", plan,
+                 f"{whole:.2f}", f"{in_turn:.2f}", f"{overlapped:.2f}",
+                 f"{100 * (whole / overlapped - 1):+.0f}%", f"{100 * hidden:.0f}%"]
+            )  # fmt: skip
+    head = ["", "", "one batch, ms", "two halves in turn, ms", "two micro-batches, ms",
+            "tokens/s of two micro-batches", "of the communication hidden"]  # fmt: skip
+    return markdown_table(head, body)
 
 
 def _measured_on() -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import hot_swap_ranks
 import torch
-from hot_swap_ranks import STAGES, TINY, Sizes
+from hot_swap_ranks import TINY, Sizes
 from run import environment
 
 
@@ -57,7 +57,7 @@ def main() -> None:
         with ThreadPoolExecutor() as pool:
             deaths = pool.map(
                 lambda number: run(hot_swap_ranks.die, processes, folder, number),
-                range(len(STAGES)),
+                range(sizes.deaths),
             )
             for number, codes in enumerate(deaths):
                 told = sorted(Path(folder).glob(f"death{number}-*"))

@@ -62,11 +62,12 @@ class Sizes:
     random_swaps: int = 200
     rows: int = 16
     repeats: int = 8
+    deaths: int = len(STAGES)
 
 
 TINY = Sizes(
     hidden=64, inner=32, expert_bytes=6144, layers=2, slots_per_rank=4, tokens=(16,), steps=12,
-    random_swaps=3, rows=3, repeats=2,
+    random_swaps=3, rows=3, repeats=2, deaths=1,
 )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from table_format import markdown_table
+
 __all__ = ["HOT_SWAP_TABLES", "picture"]
 
 RESULTS = Path(__file__).parent / "results" / "hot-swap.json"
@@ -17,11 +19,6 @@ COPY_ENGINE_GB_PER_S = 384.0
 WIDTH, HEIGHT, LEFT, TOP = 720, 190, 46, 34
 COLORS = {"idle": "#9aa0a6", "agreeing": "#6fa8dc", "moving": "#3b78c3", "checking": "#e0b345",
           "switching": "#e07a45", "switched": "#c3423b"}  # fmt: skip
-
-
-def _table(head: list[str], body: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _results() -> tuple[dict[str, Any], str]:
@@ -40,7 +37,7 @@ def transfers() -> str:
         for row in results["transfers"]
     ]  # fmt: skip
     head = ["way", "experts at a time", "GB/s a rank", f"of {COPY_ENGINE_GB_PER_S:.0f} GB/s"]
-    return _table(head, body) + on
+    return markdown_table(head, body) + on
 
 
 def beside() -> str:
@@ -58,7 +55,7 @@ def beside() -> str:
         )  # fmt: skip
     head = ["tokens a rank", "way", "ms, mean", "median", "longest", "mean slower by",
             "ms lost per GB"]  # fmt: skip
-    return _table(head, body) + on
+    return markdown_table(head, body) + on
 
 
 def swaps() -> str:
@@ -89,7 +86,7 @@ def swaps() -> str:
             )  # fmt: skip
     head = ["tokens a rank", "budget", "stage", "steps", "ms, mean", "slower by",
             "longest / median idle", "GB/s a rank", "ms lost per GB, all stages"]  # fmt: skip
-    return _table(head, body) + on
+    return markdown_table(head, body) + on
 
 
 def deaths() -> str:
@@ -104,7 +101,7 @@ def deaths() -> str:
     ]  # fmt: skip
     head = ["killed while", "named dead", "stopped after s", "serving again after s more",
             "experts loaded", "error then"]  # fmt: skip
-    return _table(head, body) + on
+    return markdown_table(head, body) + on
 
 
 def random_swaps() -> str:
@@ -118,7 +115,7 @@ def random_swaps() -> str:
     ]  # fmt: skip
     head = ["swaps", "steps", "largest |dy| / |y| (BF16)", "tokens lost",
             "free memory, largest difference in bytes"]  # fmt: skip
-    return _table(head, body) + on
+    return markdown_table(head, body) + on
 
 
 def picture(row: dict[str, Any]) -> str:

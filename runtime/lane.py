@@ -37,18 +37,26 @@ class Pacer:
         self._credit = float(burst_bytes)
         self._last_s = time.monotonic()
 
+    def rest(self) -> None:
+        """Nothing is to go out: of what has been saved up, one burst stays."""
+        if self.bytes_per_s is not None:
+            self._grow(float(self.burst_bytes))
+
     def wait_s(self, num_bytes: int) -> float:
         """Return how long to wait until these bytes may go; 0.0 where they may, and then count."""
         if self.bytes_per_s is None:
             return 0.0
-        now = time.monotonic()
-        grown = self._credit + (now - self._last_s) * self.bytes_per_s
-        most = max(2.0 * self.burst_bytes, SAVED_S * self.bytes_per_s)
-        self._credit, self._last_s = min(grown, most), now
+        self._grow(max(2.0 * self.burst_bytes, SAVED_S * self.bytes_per_s))
         if self._credit < num_bytes:
             return (num_bytes - self._credit) / self.bytes_per_s
         self._credit -= num_bytes
         return 0.0
+
+    def _grow(self, most: float) -> None:
+        assert self.bytes_per_s is not None
+        now = time.monotonic()
+        self._credit = min(self._credit + (now - self._last_s) * self.bytes_per_s, most)
+        self._last_s = now
 
 
 class SideLane:
@@ -84,6 +92,8 @@ class SideLane:
     def pump(self) -> None:
         """Start what may start now, behind what the current stream has been given so far."""
         if not self._queue:
+            # Or all of the next work's beginning would come at once.
+            self.pacer.rest()
             return
         started = 0
         context = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -68,6 +68,10 @@ def test_a_budget_is_kept_over_every_stretch_of_time(rate, size, gaps):
             now[0] += wait_s * 1.000001
             assert pacer.wait_s(size) == 0.0, "after waiting as long as was said"
             granted += size
+        now[0] += 1000.0
+        pacer.rest()
+        assert pacer.wait_s(size) == 0.0
+        assert pacer.wait_s(size) > 0.0, "rest saves up one burst"
     assert Pacer(None, size).wait_s(10**12) == 0.0
 
 

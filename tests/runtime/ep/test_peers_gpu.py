@@ -110,14 +110,18 @@ def same_bits(process, _, folder):
     options = WIDE | {"payload": "bf16"}
     peers = buffers_for(group, plan, 512, options)
     over_peers, experts = build(group, plan, 0, peers=peers, **options)
+    again, _ = build(group, plan, 0, peers=peers, **options)
     by_collectives, _ = build(group, plan, 0, **options)
     for step in range(20):
         x, topk, weight = drawn(group, plan, 512, torch.bfloat16, step)
         found = []
-        for layer in (over_peers, by_collectives):
+        for layer in (over_peers, again, by_collectives):
             layer.routing.append((topk, weight))
             found.append(layer(x))
-        assert torch.equal(*found)
+        # Wherever pairs come to lie among those of their slot.
+        assert torch.equal(found[0], found[1])
+        # By collectives sums are rounded otherwise, in float32.
+        assert relative_error(found[0], found[2]) < 4e-3
         assert over_peers.received_rows == by_collectives.received_rows
         assert over_peers.received_pairs == by_collectives.received_pairs
     del experts
@@ -125,7 +129,7 @@ def same_bits(process, _, folder):
     dist.destroy_process_group()
 
 
-def test_it_gives_the_bits_that_collectives_give(tmp_path):
+def test_it_gives_the_same_bits_each_time_and_what_collectives_give(tmp_path):
     spawn(same_bits, PROCESSES, tmp_path)
 
 
