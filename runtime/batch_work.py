@@ -25,8 +25,8 @@ from eplb.runtime.spare_rows import SpareRows
 
 __all__ = ["BatchWork", "Loader", "SwapLayer", "WrongChecksum"]
 
-# A row's sum takes an eighth of the row's time over NVLink (44 MB on an H100: 23 us and 115 us), but
-# multiprocessors and launches besides, which serving feels: it is charged as half of a row.
+# A row's sum takes a fifth of the row's time over NVLink (44 MB on an H100: 23 us and 115 us), but
+# multiprocessors and launches, which serving feels: it is charged as half of a row.
 SUM_SHARE = 2
 
 # From the absolute layer id and a logical expert to its tensors, as the checkpoint has them.
