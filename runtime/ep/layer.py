@@ -1,8 +1,9 @@
 """The expert-parallel mixture-of-experts layer.
 
 Router -> replica choice -> dispatch -> experts of the slots -> combine, over the processes of an
-:class:`~eplb.runtime.ep.group.EPGroup`. No token is dropped and no buffer has a capacity: sizes are
-exchanged first. Each forward is a collective of the whole group, also for processes without tokens.
+:class:`~eplb.runtime.ep.group.EPGroup`. No token is dropped: rows go by collectives of exact sizes,
+or over peer memory with room for all tokens of all peers. Each forward is a collective of the whole
+group, also for processes without tokens.
 Shape letters: T tokens, H hidden size, K top-k, N received rows, P token-expert pairs, S slots.
 """
 

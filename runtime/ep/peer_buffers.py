@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from eplb.errors import InvalidInput
+from eplb.errors import InvalidInput, ServingFailed
 from eplb.runtime.ep.exchange import NO_FAULT, Told
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.payload import Payload
@@ -105,8 +105,6 @@ class PeerBuffers:
     mailboxes : list of Mailbox
     max_rows : int
         Tokens that may come from one process of the node.
-    num_bytes : int
-        Of memory that peers write to.
 
     Raises
     ------
@@ -140,7 +138,6 @@ class PeerBuffers:
             raise InvalidInput(
                 "peer memory is a node's; make an EPGroup of several nodes with nodes=True"
             )
-        self.process_group: dist.ProcessGroup = inner
         self.process = dist.get_rank(inner)
         self.num_processes = dist.get_world_size(inner)
         self.parts_per_process = group.ranks_per_process
@@ -148,7 +145,6 @@ class PeerBuffers:
         self.slots_per_process = self.parts_per_process * slots_per_rank
         # Across nodes come, to the process at the sender's place, tokens of every node.
         batch = -(-max_tokens // micro_batches)
-        self.batch_tokens = batch
         self.max_rows = batch * (group.num_nodes if by_node else 1)
         self.meta_bytes = _aligned(self.payload.num_bytes, _ROW_ALIGNMENT_BYTES)
         self.row_bytes = _aligned(self.meta_bytes + 4 * (2 * top_k + 1), _ROW_ALIGNMENT_BYTES)
@@ -227,7 +223,21 @@ class PeerBuffers:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self.group.wait(event, what)
+        self.check_whole(what)
         return [peer_exchange.read_told(one, self.parts_per_process) for one in told]
+
+    def check_whole(self, what: str) -> None:
+        """Raise if waits for peers have been ended, so that what arrived may be anything.
+
+        Raises
+        ------
+        ServingFailed
+        """
+        if self.abort_word.item():
+            raise ServingFailed(
+                f"{what}: a peer stayed away before, and this group waits for nobody any more; "
+                "restart it without what stalled"
+            )
 
     def abort(self) -> None:
         """Have all waits for peers on the device end; nothing received after it is of use."""

@@ -3,8 +3,8 @@
 No buffer is packed, nothing is sent by a collective, and counts travel with the tokens: each
 process writes rows into its region at every peer, then its counts and words, then a number that
 says so. A received row says itself where its result goes, so results are written back as they are
-added up. Same results as :mod:`eplb.runtime.ep.exchange`, which is the way between nodes and on
-CPUs; sums are of the same numbers in the same order.
+added up. What :mod:`eplb.runtime.ep.exchange` does between nodes and on CPUs, with sums of the same
+numbers in the same order.
 Shape letters: T tokens, K top-k, P token-expert pairs, S slots of a process, H hidden size.
 """
 
@@ -81,10 +81,15 @@ class PeerCrossing:
         Raises
         ------
         InvalidInput
-            More tokens than there is room for.
+            More tokens than there is room for, or of another number of experts.
         """
         buffers, box = self._buffers, self._box
         T, top_k = slot_TK.shape
+        if top_k != buffers.top_k:
+            raise InvalidInput(
+                f"tokens go to {top_k} experts, and PeerBuffers are for {buffers.top_k}; make "
+                f"them with top_k={top_k}"
+            )
         if buffers.max_rows < T:
             raise InvalidInput(
                 f"{T} tokens in a batch, and PeerBuffers has room for {buffers.max_rows}; make it "
@@ -105,8 +110,7 @@ class PeerCrossing:
                     buffers.row_bytes, buffers.meta_bytes, self._first_slot,
                     buffers.slots_per_rank, buffers.num_parts, buffers.parts_per_process,
                     buffers.num_processes, tokens.shape[1], buffers.num_returns, top_k,
-                    K=box.targets.shape[1], most=top_k, columns=_COLUMNS,
-                    num_warps=_WARPS,
+                    K=box.targets.shape[1], most=top_k, columns=_COLUMNS, num_warps=_WARPS,
                 )  # fmt: skip
             self._meet(words)
 
@@ -127,6 +131,7 @@ class PeerCrossing:
         buffers = self._buffers
         if self._is_told is not None:
             buffers.group.wait(self._is_told, what)
+        buffers.check_whole(what)
         numbers = self._told.tolist()
         self._num_pairs = numbers[2]
         self._most_rows = max(numbers[3 : 3 + buffers.num_processes])

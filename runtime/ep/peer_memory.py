@@ -1,4 +1,4 @@
-"""Spare rows in memory that the other processes of a node write to, by the copy engine.
+"""Memory that the other processes of a node write to: kernels their tokens, copy engines experts.
 
 torch's symmetric memory makes an allocation of each process of a group visible to all of them; a
 copy into a peer's is then a plain copy between two addresses, which the copy engine carries out
