@@ -105,11 +105,14 @@ def command(
     if write_topology is not None:
         check_writable(write_topology)
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
+    exchange = exchange or ("peers" if backend == "nccl" else "collectives")
+    if padded and exchange != "peers":
+        raise InvalidInput("--padded needs --exchange peers; leave it out, or use nccl on one node")
     options = {
         "steps": steps,
         "seed": seed,
         "payload": payload or ("bf16" if backend == "nccl" else "fp32"),
-        "exchange": exchange or ("peers" if backend == "nccl" else "collectives"),
+        "exchange": exchange,
         "padded": padded,
         "micro_batches": micro_batches,
         "links": write_topology is not None,

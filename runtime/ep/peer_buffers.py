@@ -317,7 +317,7 @@ class PeerBuffers:
                 raise InvalidInput(
                     f"process {self.group.process} cannot write to the memory of process "
                     f"{first + number}; peer memory needs GPUs of one host that reach each other: "
-                    "leave PeerBuffers out"
+                    "leave PeerBuffers out (--exchange collectives)"
                 )
             found.append(view.data_ptr())
         return found

@@ -40,6 +40,10 @@ def test_the_report_and_the_topology_file(tmp_path, capsys):
 def test_options_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(InvalidInput, match=r"--ranks \(3\) must be divisible by --nodes \(2\)"):
         invoke("selftest", "--ranks", "3", "--nodes", "2", "--backend", "gloo")
+    with pytest.raises(InvalidInput, match="--padded needs --exchange peers"):
+        invoke("selftest", "--backend", "gloo", "--padded")
+    with pytest.raises(InvalidInput, match="peer memory needs GPUs of one host"):
+        invoke("selftest", "--backend", "gloo", "--ranks", "2", "--exchange", "peers")
     with pytest.raises(InvalidInput, match=r"the folder .* does not exist"):
         invoke("selftest", "--write-topology", str(tmp_path / "none" / "x.yaml"))
 
