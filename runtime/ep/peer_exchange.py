@@ -19,8 +19,9 @@ from eplb.errors import InvalidInput
 from eplb.runtime.ep import peer_kernels
 from eplb.runtime.ep.exchange import Told
 from eplb.runtime.ep.kernels import as_words
+from eplb.runtime.ep.mailbox import Mailbox
 from eplb.runtime.ep.payload import BLOCK
-from eplb.runtime.ep.peer_buffers import Mailbox, PeerBuffers
+from eplb.runtime.ep.peer_buffers import PeerBuffers
 from eplb.runtime.ep.rows import sum_rows
 
 __all__ = ["PeerCrossing", "add_up", "read_told"]
