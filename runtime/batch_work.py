@@ -105,13 +105,13 @@ class BatchWork:
         self._memory, self._checksum_LE = memory, checksum_LE
         self._arrivals: Arrivals | None = None
         self._received: IntArray = np.zeros(0, np.int64)
-        self._summed: list[int] = []
+        self._num_sums = 0
         device = spare.rows.device
         self._sums = torch.zeros(spare.num_rows, dtype=torch.int64, device=device)
         self._host_sums = self._sums
         if device.type == "cuda":
             self._host_sums = torch.zeros(spare.num_rows, dtype=torch.int64, pin_memory=True)
-        self._num_parts_in = 0
+        self._is_switched = False
 
     @property
     def done_bytes(self) -> int:
@@ -130,13 +130,13 @@ class BatchWork:
         lane; the others are fetched. ``load`` brings what no slot holds.
         """
         assert self._arrivals is None, "another batch has not been ended"
-        self._arrivals, self._num_parts_in = arrivals, 0
+        self._arrivals, self._is_switched = arrivals, False
         self._received = arrivals.received_by(self._process, self._slots_per_process)
         for index in arrivals.sent_by(self._process, self._slots_per_process):
             target = int(arrivals.slot_M[index]) // self._slots_per_process
             rows = self.spare.rows if target == self._process else self._memory.rows_of(target)
             if rows is not None:
-                source = self._slot_row(int(arrivals.layer_M[index]), int(arrivals.source_M[index]))
+                source = self._slot_row(arrivals.layer_M[index], arrivals.source_M[index])
                 into = rows[int(arrivals.row_M[index])]
                 self.lane.add(partial(_copy, into, source), source.numel())
         fetches = []
@@ -154,39 +154,25 @@ class BatchWork:
     def check(self) -> None:
         """Start adding up the rows that have arrived."""
         assert self._arrivals is not None
-        rows = [self.spare.rows[row] for row in self._arrivals.row_M[self._received].tolist()]
-        self._add_up(self._received.tolist(), rows)
-        self._bring_sums()
+        self._add_up([self.spare.rows[int(row)] for row in self._arrivals.row_M[self._received]])
 
-    def switch(self, tables: Sequence[Any]) -> None:
-        """Put rows and tables of the next part in force, and start adding up its slots' rows."""
-        for layer in self.put_in():
-            self.layers[layer].install(tables[layer])
-
-    def put_in(self) -> Sequence[int]:
-        """Put the next part's rows into their slots, start adding these up, return its layers."""
+    def switch(self, tables: Sequence[Any], part: int) -> None:
+        """Put rows and tables of a part of the batch in force; behind the last, add all rows up."""
         assert self._arrivals is not None
-        arrivals = self._arrivals
-        part = arrivals.parts[self._num_parts_in]
-        index = self._received[np.isin(arrivals.layer_M[self._received], part)]
-        slot_rows = [
-            self._slot_row(layer, slot)
-            for layer, slot in zip(
-                arrivals.layer_M[index].tolist(), arrivals.slot_M[index].tolist(), strict=True
-            )
-        ]
-        # From here on there is something to go back from.
-        self._num_parts_in += 1
-        self.spare.put_in(slot_rows, arrivals.row_M[index].tolist())
-        self._add_up(index.tolist(), slot_rows)
-        if not self._is_between_parts:
-            self._bring_sums()
-        return part
+        layers = self._arrivals.parts[part]
+        self._put_in(self._received[np.isin(self._arrivals.layer_M[self._received], layers)])
+        for layer in layers:
+            self.layers[layer].install(tables[layer])
+        if part == len(self._arrivals.parts) - 1:
+            self._add_up(self._slot_rows(self._received))
+
+    def put_in(self) -> None:
+        """Put all of the batch's rows into their slots, and start adding these up."""
+        self._put_in(self._received)
+        self._add_up(self._slot_rows(self._received))
 
     def poll(self) -> bool:
         """Return whether the stage under way is complete on this process.
-
-        Between parts of a switch there is nothing to wait for: sums are compared after the last.
 
         Raises
         ------
@@ -197,31 +183,28 @@ class BatchWork:
         """
         if self.lane.error is not None:
             raise self.lane.error
-        if self._is_between_parts:
-            return True
         if not self.fetcher.poll() or not self.lane.is_idle:
             return False
-        if self._summed:
-            sums = self._host_sums[: len(self._summed)].tolist()
-            summed, self._summed = self._summed, []
-            self._compare(summed, sums)
+        if self._num_sums:
+            sums = self._host_sums[: self._num_sums].tolist()
+            self._num_sums = 0
+            self._compare(sums)
         return True
 
     def roll_back(self, tables: Sequence[Any]) -> None:
         """Put the old placement of the batch back in force, and withdraw what is under way."""
         self.withdraw()
-        if self._arrivals is not None:
+        if self._is_switched and self._arrivals is not None:
             self.spare.put_back()
-            for part in self._arrivals.parts[: self._num_parts_in]:
-                for layer in part:
-                    self.layers[layer].install(tables[layer])
+            for layer in self._arrivals.layers:
+                self.layers[layer].install(tables[layer])
         self.end()
 
     def withdraw(self) -> None:
         """Start nothing more; what is under way ends soon (:attr:`is_drained`)."""
         self.lane.clear()
         self.fetcher.cancel()
-        self._summed = []
+        self._num_sums = 0
 
     def end(self) -> None:
         """Give up displaced rows: what is in force stays."""
@@ -252,21 +235,18 @@ class BatchWork:
         one.load(0, load(self.layers[layer].layer_id, expert))
         into.copy_(one.rows[0])
 
-    def _add_up(self, indices: list[int], rows: list[torch.Tensor]) -> None:
-        """Queue sums of what has come with these arrivals, one row at a time."""
-        for number, row in enumerate(rows, start=len(self._summed)):
+    def _add_up(self, rows: list[torch.Tensor]) -> None:
+        """Queue sums of rows, one row at a time, and bring them to the host."""
+        self._num_sums = len(rows)
+        for number, row in enumerate(rows):
             self.lane.add(partial(_sum_into, self._sums, number, row), row.numel() // SUM_SHARE)
-        self._summed += indices
-
-    def _bring_sums(self) -> None:
-        """Queue that they come to the host."""
-        if self._summed and self._host_sums is not self._sums:
+        if rows and self._host_sums is not self._sums:
             self.lane.add(partial(_copy, self._host_sums, self._sums), 0)
 
-    def _compare(self, indices: list[int], sums: list[int]) -> None:
+    def _compare(self, sums: list[int]) -> None:
         assert self._arrivals is not None
         arrivals = self._arrivals
-        for index, total in zip(indices, sums, strict=True):
+        for index, total in zip(self._received, sums, strict=True):
             layer, expert = int(arrivals.layer_M[index]), int(arrivals.expert_M[index])
             if total != self._checksum_LE[layer, expert]:
                 slot, source = int(arrivals.slot_M[index]), int(arrivals.source_M[index])

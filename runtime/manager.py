@@ -36,10 +36,6 @@ from eplb.runtime.swap_status import SwapResult, SwapStatus
 
 __all__ = ["PlacementManager"]
 
-# Nine experts of 44 MB, a rank's share of a layer of DeepSeek-V3 in FP8: 0.5 ms on an H100, whose
-# memory copies about 1.5 TB/s (research on limits: 3.0 TB/s read and written).
-SWITCH_BYTES = 400_000_000
-
 
 class PlacementManager:
     """Puts plans in force under a running model.
@@ -55,10 +51,6 @@ class PlacementManager:
         layer whose every slot changes needs as many as the process has slots of it.
     bytes_per_s : float, optional
         Most that this process moves while it serves; no limit where left out.
-    switch_bytes : int, optional
-        Most that a process puts in place at a step, where that is more than one layer; a step that
-        does so is longer by the time of moving twice these bytes on the device. None puts in place
-        at one step all that waits. The same on all processes.
     switch_bytes : int, optional
         Most that a step puts in place: layers that have moved together change over one after the
         other, as many a step as this allows, at least one. All of them at once where it is None.
@@ -102,13 +94,10 @@ class PlacementManager:
             raise InvalidInput(f"bytes_per_s must be positive, got {bytes_per_s}")
         if switch_bytes is not None and switch_bytes < 1:
             raise InvalidInput(f"switch_bytes must be at least 1, got {switch_bytes}")
-        if switch_bytes is not None and not switch_bytes > 0:
-            raise InvalidInput(f"switch_bytes must be positive, got {switch_bytes}")
         if not deadline_s > 0:
             raise InvalidInput(f"deadline_s must be positive, got {deadline_s}")
         self.group = group
         self.spare_rows, self.bytes_per_s = spare_rows, bytes_per_s
-        self.switch_bytes = switch_bytes
         self.switch_bytes = switch_bytes
         self.deadline_s, self.alarm_s = deadline_s, alarm_s
         self.plan_path, self.tables_of = plan_path, tables_of
@@ -225,7 +214,8 @@ class PlacementManager:
                 self._work.lane.pump()
             self._go_on(self._swap)
         word = self._transaction.word(self.group.process)
-        self.layers[0].word = word
+        for layer in self.layers:
+            layer.word = word
         self._note_progress()
         return result
 
@@ -274,12 +264,13 @@ class PlacementManager:
 
     def close(self) -> None:
         """Let go of the layers, threads and memory. No swap may be under way."""
-        self.layers[0].word = 0
+        for layer in self.layers:
+            layer.word = 0
         self._pool.shutdown()
         self._equipment.close()
 
     def settle(self, digest: str) -> None:
-        """After a loss: have in force what the survivors agreed on, going back if need be.
+        """After a loss: have in force what the survivors agreed on, going back one switch if need.
 
         Raises
         ------

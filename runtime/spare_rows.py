@@ -2,9 +2,7 @@
 
 One pool serves all layers of a process. Putting rows in is two copies on the device for each, and
 one row more than may wait: the content of a slot moves to the free row, the waiting row into the
-slot, and the row it waited in is the free one for the next. A kernel that exchanges two rows in
-place would need neither the row nor the second launch, but reads and writes the same bytes, and
-that is what takes the time. Addresses of slots never change.
+slot, and the row it waited in is the free one for the next. Addresses of slots never change.
 """
 
 from __future__ import annotations
@@ -51,8 +49,9 @@ class SpareRows:
         Runs on the current stream, behind the steps launched before and ahead of the next.
         """
         for slot_row, row in zip(slot_rows, waiting, strict=True):
+            waiting_row = self.rows[row]
             self.rows[self._empty].copy_(slot_row)
-            slot_row.copy_(self.rows[row])
+            slot_row.copy_(waiting_row)
             self._displaced.append((slot_row, self._empty))
             self._empty = row
 

@@ -21,7 +21,7 @@ class View:
     in_force : str
         Digest of the placement it serves.
     fallback : str or None
-        Digest of the one at the begin of the batch, as long as it can go back to that.
+        Digest of the one before, as long as it can go back to that.
     """
 
     suspects: frozenset[int]
@@ -52,9 +52,9 @@ def agreed_loss(process: int, views: Mapping[int, View], num_processes: int) -> 
 def agreed_digest(views: Iterable[View]) -> str:
     """Return the placement that all can have in force.
 
-    Two processes are at most one step of a switch apart: each part of a batch goes in when all have
-    announced the one before. Until all are known to have the last, each can go back to where the
-    batch began; what all serve is preferred to that.
+    Two processes are at most one step of a switch apart: each happens when all have announced the
+    one before. Who is ahead can go back as long as not all are known to have followed: to where the
+    switch began, so within one that is where all go.
 
     Raises
     ------
@@ -68,4 +68,4 @@ def agreed_digest(views: Iterable[View]) -> str:
         raise ServingFailed(
             "survivors have no placement in common; restart all from the checkpoint"
         )
-    return min({v.in_force for v in views} & possible or possible)
+    return min(common)
