@@ -109,7 +109,8 @@ def decode_workload(
     duration = trace.arrival_s_Q[-1] * len(prompt) / max(1, len(prompt) - 1)
     offset = rng.uniform(0, span, copies)
     if duration > 0:
-        base = trace.arrival_s_Q[fits] * (span / duration)
+        # Divided first: a trace may be arbitrarily short.
+        base = trace.arrival_s_Q[fits] / duration * span
     else:
         base = rng.uniform(0, span, len(prompt))
     arrival = ((base[np.newaxis] + offset[:, np.newaxis]) % span).reshape(-1)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eplb.errors import InvalidInput
@@ -297,6 +297,7 @@ def test_bad_input_is_named(make, words):
 @given(rows=st.lists(st.tuples(st.floats(0, 100), st.integers(1, 30_000), st.integers(1, 300)),
                      min_size=1, max_size=6), phase=st.sampled_from(["decode", "prefill"]),
        ranks=st.integers(1, 3))  # fmt: skip
+@example(rows=[(1.1e-308, 1, 1)], phase="decode", ranks=1)
 @settings(max_examples=25, deadline=None)
 def test_any_small_trace_is_replayed_or_refused_in_a_line(rows, phase, ranks):
     arrival, prompt, output = zip(*rows, strict=True)
