@@ -169,14 +169,17 @@ class PeerBuffers:
         ServingFailed
             A peer stayed away.
         """
-        from eplb.runtime.ep import peer_exchange  # noqa: PLC0415
-
         if self.group.device.type == "cuda":
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self.group.wait(event, what)
         self.check_whole(what)
-        return [peer_exchange.read_told(one, self.parts_per_process) for one in told]
+        return [self.told_of(one.tolist()) for one in told]
+
+    def told_of(self, numbers: list[int]) -> Told:
+        """Return what a batch's counts say, from the numbers of :meth:`new_told`."""
+        Q = self.parts_per_process
+        return Told((numbers[0], numbers[1]), numbers[-2 * Q : -Q], numbers[-Q:])
 
     def check_whole(self, what: str) -> None:
         """Raise if waits for peers have been ended, so that what arrived may be anything.

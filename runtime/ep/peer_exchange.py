@@ -24,7 +24,7 @@ from eplb.runtime.ep.payload import BLOCK
 from eplb.runtime.ep.peer_buffers import PeerBuffers
 from eplb.runtime.ep.rows import sum_rows
 
-__all__ = ["PeerCrossing", "add_up", "read_told"]
+__all__ = ["PeerCrossing", "add_up"]
 
 # Of kernels that move rows: programs, warps of each and what it moves at a time. Measured on H100;
 # fewer programs do not leave more room for computation beside them (docs/runtime.md).
@@ -136,7 +136,7 @@ class PeerCrossing:
         numbers = self._told.tolist()
         self._num_pairs = numbers[2]
         self._most_rows = max(numbers[3 : 3 + buffers.num_processes])
-        return read_told(self._told, buffers.parts_per_process)
+        return buffers.told_of(numbers)
 
     def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the activations of received token-expert pairs, [P, H], and each slot's end.
@@ -221,12 +221,6 @@ class PeerCrossing:
         """Have the present stream wait for what was launched last."""
         if self._beside:
             torch.cuda.current_stream().wait_event(self._done)
-
-
-def read_told(told: torch.Tensor, parts_per_process: int) -> Told:
-    """Return what a batch's counts say, once they are there."""
-    numbers, Q = told.tolist(), parts_per_process
-    return Told((numbers[0], numbers[1]), numbers[-2 * Q : -Q], numbers[-Q:])
 
 
 def add_up(buffers: PeerBuffers, box: Mailbox, count_E: torch.Tensor) -> None:
