@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -72,6 +73,8 @@ def main() -> None:
             "results": results,
         }
         arguments.output.write_text(json.dumps(report) + "\n")
+    if any(results["exit_codes"]):
+        sys.exit("a process failed; what was measured before is in the report")
 
 
 if __name__ == "__main__":

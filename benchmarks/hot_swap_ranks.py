@@ -9,7 +9,8 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -194,19 +195,20 @@ def synchronize(group: EPGroup) -> None:
     group.barrier()
 
 
-def timed_steps(group: EPGroup, step: Callable[[int], None], number: int) -> list[float]:
+def timed_steps(group: EPGroup, step: Callable[[int], None], indices: Iterable[int]) -> list[float]:
     """Return milliseconds of each of some steps on the device; nothing waits between them."""
     if group.device.type != "cuda":
         times = [time.perf_counter()]
-        for index in range(number):
+        for index in indices:
             step(index)
             times.append(time.perf_counter())
         return [1e3 * (b - a) for a, b in itertools.pairwise(times)]
-    events = [_event() for _ in range(number + 1)]
+    events = [_event()]
     events[0].record()
-    for index in range(number):
+    for index in indices:
         step(index)
-        events[index + 1].record()
+        events.append(_event())
+        events[-1].record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
 
@@ -319,12 +321,12 @@ def beside_serving(group: EPGroup, sizes: Sizes) -> list[dict[str, Any]]:
         idle = SideLane(group.device, Pacer(None, sizes.expert_bytes))
         for _ in range(20):
             forward()
-        alone = timed_steps(group, partial(beside, "none", lane=idle), sizes.steps // 2)
+        alone = timed_steps(group, partial(beside, "none", lane=idle), range(sizes.steps // 2))
         for name, (move, budget) in ways.items():
-            alone += timed_steps(group, partial(beside, "none", lane=idle), sizes.steps // 2)
+            alone += timed_steps(group, partial(beside, "none", lane=idle), range(sizes.steps // 2))
             lane = SideLane(group.device, Pacer(budget, sizes.expert_bytes))
             synchronize(group)
-            times = timed_steps(group, partial(beside, move, lane=lane), sizes.steps)
+            times = timed_steps(group, partial(beside, move, lane=lane), range(sizes.steps))
             while not lane.is_idle:
                 lane.pump()
             synchronize(group)
@@ -360,39 +362,52 @@ def swaps_under_load(group: EPGroup, sizes: Sizes) -> list[dict[str, Any]]:
         manager.attach(serving.layers, plans[0])
         for num_tokens in sizes.tokens:
             x_TH = serving.tokens(num_tokens, 8, group.process)
-            stages: list[str] = []
-            begins = {sizes.steps // 2, 3 * sizes.steps // 2}
-
-            def step(_: int, manager: PlacementManager = manager, x_TH: Any = x_TH,
-                     stages: list[str] = stages, begins: set[int] = begins) -> None:  # fmt: skip
-                status = manager.status()
-                if status.stage is Stage.IDLE and len(stages) in begins:
-                    manager.begin_swap(plans[1])
-                    plans.reverse()
-                result = manager.step()
-                assert result is None or result.error is None, result
-                lane = manager._work.lane
-                moving = manager.status().stage is Stage.MOVING and not lane.is_idle
-                stages.append("moving" if moving else manager.status().stage.value)
-                for layer in serving.layers:
-                    layer(x_TH)
-
             for layer in 20 * serving.layers:
                 layer(x_TH)
             before_bytes = manager.status().moved_bytes
             synchronize(group)
-            times = timed_steps(group, step, 5 * sizes.steps // 2)
+            stages, times = timed_swaps(serving, manager, plans, x_TH, sizes.steps)
             moved = manager.status().moved_bytes - before_bytes
             results.append(
                 {"tokens": num_tokens, "budget_gb_per_s": budget and budget / 1e9,
                  "moved_gb": moved / 1e9, "stages": stages, "times_ms": times}
             )  # fmt: skip
-            assert manager.status().stage is Stage.IDLE, manager.status()
             assert manager.plan.digest() == plans[0].digest()
         manager.close()
         synchronize(group)
     serving.close()
     return results
+
+
+def timed_swaps(
+    serving: Serving, manager: PlacementManager, plans: list[Plan], x_TH: torch.Tensor, steps: int
+) -> tuple[list[str], list[float]]:
+    """Swap to the second plan; return each step's stage and milliseconds.
+
+    A second swap goes back. How many steps a swap takes depends on the machine: the second waits
+    for the end of the first, and the timing for the end of both.
+    """
+    begins = deque([steps // 2, 3 * steps // 2])
+    stages: list[str] = []
+
+    def is_idle() -> bool:
+        return manager.status().stage is Stage.IDLE
+
+    def step(index: int) -> None:
+        if begins and index >= begins[0] and is_idle():
+            begins.popleft()
+            manager.begin_swap(plans[1])
+            plans.reverse()
+        result = manager.step()
+        assert result is None or result.error is None, result
+        stages.append(manager.status().stage.value)
+        for layer in serving.layers:
+            layer(x_TH)
+
+    indices = itertools.takewhile(
+        lambda index: index < 5 * steps // 2 or begins or not is_idle(), itertools.count()
+    )
+    return stages, timed_steps(serving.group, step, indices)
 
 
 def random_swaps(group: EPGroup, sizes: Sizes) -> dict[str, Any]:
