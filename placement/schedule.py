@@ -234,77 +234,102 @@ def _sources(
     migration: Migration, now_LRK: IntArray, index: IntArray, ranks_per_node: int
 ) -> IntArray:
     """Return the rank that sends each of these moves: same node first, then the least busy."""
-    ranks = _holders(migration, now_LRK, index)
-    sent = [0] * migration.num_ranks
-    source = np.empty(len(index), np.int64)
+    rank_H, first_M, end_M = _holders(migration, now_LRK, index)
+    source_M = rank_H[first_M]
     # Moves with the fewest sources to choose from first: the others can make way for them.
-    for i in sorted(range(len(index)), key=lambda i: (len(ranks[i]), i)):
-        node = migration.rank_M[index[i]] // ranks_per_node
-        source[i] = min(ranks[i], key=lambda r: (r // ranks_per_node != node, sent[r], r))
-        sent[source[i]] += 1
-    return source
-
-
-def _holders(migration: Migration, now_LRK: IntArray, index: IntArray) -> list[list[int]]:
-    """Return the ranks that hold the expert of each of these moves in the placement in force."""
-    of: dict[tuple[int, int], list[int]] = {}
-    for layer in np.unique(migration.layer_M[index]).tolist():
-        for rank, row in enumerate(now_LRK[layer].tolist()):
-            for expert in set(row):
-                of.setdefault((layer, expert), []).append(rank)
-    keys = zip(migration.layer_M[index].tolist(), migration.expert_M[index].tolist(), strict=True)
-    holders = []
-    for layer, expert in keys:
-        if (layer, expert) not in of:
-            raise MigrationFailed(
-                f"expert {expert} has no live replica in row {layer} of the layers to be sent "
-                "from; load it from the checkpoint first"
+    sent = np.bincount(source_M[end_M == first_M + 1], minlength=migration.num_ranks).tolist()
+    ranks, node_M = rank_H.tolist(), (migration.rank_M[index] // ranks_per_node).tolist()
+    for i in np.argsort(end_M - first_M, kind="stable").tolist():
+        if end_M[i] - first_M[i] > 1:
+            source_M[i] = min(
+                ranks[first_M[i] : end_M[i]],
+                key=lambda r: (r // ranks_per_node != node_M[i], sent[r], r),
             )
-        holders.append(of[layer, expert])
-    return holders
+            sent[source_M[i]] += 1
+    return source_M
+
+
+def _holders(
+    migration: Migration, now_LRK: IntArray, index: IntArray
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Return the ranks that hold experts, and each move's first and end among them.
+
+    The ranks are those of the placement in force, expert by expert.
+    """
+    layers = np.unique(migration.layer_M[index])
+    held = now_LRK[layers]
+    num_experts = int(max(held.max(), migration.expert_M[index].max())) + 1
+    row_H, rank_H, slot_H = np.nonzero(held >= 0)
+    expert_H = row_H * num_experts + held[row_H, rank_H, slot_H]
+    expert_H, rank_H = np.divmod(
+        np.unique(expert_H * migration.num_ranks + rank_H), migration.num_ranks
+    )
+    expert_M = (
+        np.searchsorted(layers, migration.layer_M[index]) * num_experts + migration.expert_M[index]
+    )
+    first_M = np.searchsorted(expert_H, expert_M)
+    end_M = np.searchsorted(expert_H, expert_M, side="right")
+    if (first_M == end_M).any():
+        move = index[first_M == end_M][0]
+        raise MigrationFailed(
+            f"expert {migration.expert_M[move]} has no live replica in row "
+            f"{migration.layer_M[move]} of the layers to be sent from; load it from the "
+            "checkpoint first"
+        )
+    return rank_H, first_M, end_M
 
 
 def _colour(source: IntArray, target: IntArray, num_ranks: int, num_colours: int) -> IntArray:
     """Return a colour of each edge, no two alike at a sender or at a receiver.
 
-    An edge takes a colour free at both ends. Where there is none, a colour that is free at the
-    receiver is made free at the sender by exchanging two colours along a path, which cannot come
-    back to the receiver since the graph is bipartite.
+    An edge takes the first colour free at both ends. Where there is none, a colour that is free at
+    the sender is made free at the receiver by exchanging two colours along a path, which cannot
+    come back to the sender since the graph is bipartite.
     """
-    # Senders and receivers as vertices of one array: the edge of each colour, or -1.
+    # Senders and receivers as vertices of one list: the edge of each colour, or -1, and a bit for
+    # each colour that is free.
     edge_of = [[-1] * num_colours for _ in range(2 * num_ranks)]
+    free = [(1 << num_colours) - 1] * (2 * num_ranks)
     ends = list(zip(source.tolist(), (target + num_ranks).tolist(), strict=True))
-    colour = [-1] * len(ends)
     for edge, (u, v) in enumerate(ends):
-        at_u, at_v = edge_of[u], edge_of[v]
-        a = at_u.index(-1)
-        if at_v[a] >= 0:
-            b = at_v.index(-1)
-            _exchange(edge_of, ends, colour, v, a, b)
-        at_u[a] = at_v[a] = edge
-        colour[edge] = a
-    return np.array(colour, np.int64)
+        common = free[u] & free[v]
+        colour = _first(common or free[u])
+        if not common:
+            _exchange(edge_of, ends, free, v, colour, _first(free[v]))
+        edge_of[u][colour] = edge_of[v][colour] = edge
+        free[u] ^= 1 << colour
+        free[v] ^= 1 << colour
+    edges = np.array(edge_of[:num_ranks])
+    sender, colours = np.nonzero(edges >= 0)
+    colour_M = np.empty(len(ends), np.int64)
+    colour_M[edges[sender, colours]] = colours
+    return colour_M
+
+
+def _first(bits: int) -> int:
+    """Return the number of the lowest bit that is set."""
+    return (bits & -bits).bit_length() - 1
 
 
 def _exchange(
     edge_of: list[list[int]],
     ends: list[tuple[int, int]],
-    colour: list[int],
+    free: list[int],
     vertex: int,
     a: int,
     b: int,
 ) -> None:
     """Exchange colours a and b along the path that leaves a vertex by a; b is free there."""
-    path, old = [], a
-    while (edge := edge_of[vertex][old]) >= 0:
-        path.append(edge)
+    changed = 1 << a | 1 << b
+    free[vertex] ^= changed
+    way, other = a, b
+    while True:
+        edges = edge_of[vertex]
+        edge = edges[way]
+        edges[a], edges[b] = edges[b], edges[a]
+        if edge < 0:
+            break
         u, v = ends[edge]
         vertex = v if vertex == u else u
-        old = b if old == a else a
-    for edge in path:
-        for end in ends[edge]:
-            edge_of[end][colour[edge]] = -1
-    for edge in path:
-        colour[edge] = b if colour[edge] == a else a
-        for end in ends[edge]:
-            edge_of[end][colour[edge]] = edge
+        way, other = other, way
+    free[vertex] ^= changed

@@ -8,7 +8,7 @@ Shape letters: L layers, S slots of a layer, R ranks, K slots of a rank, M rows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -88,8 +88,8 @@ def swap_batches(
     ranks_per_node: int,
     spare_rows: int,
     rows_per_step: int | None = None,
-) -> list[Arrivals]:
-    """Return the batches of a swap, at least one; layers keep their order.
+) -> Iterator[Arrivals]:
+    """Give the batches of a swap, at least one; layers keep their order.
 
     Parameters
     ----------
@@ -108,14 +108,12 @@ def swap_batches(
     slots_per_process = slots_per_rank * ranks_per_process
     changed_LS = (new_LS != old_LS) & (new_LS >= 0)
     batches = layer_batches(changed_LS, slots_per_process, spare_rows, rows_per_step)
-    return [
-        find_arrivals(
+    for parts in batches:
+        yield find_arrivals(
             old_LS, new_LS, parts,
             slots_per_rank=slots_per_rank, slots_per_process=slots_per_process,
             ranks_per_node=ranks_per_node,
-        )
-        for parts in batches
-    ]  # fmt: skip
+        )  # fmt: skip
 
 
 def layer_batches(
@@ -183,15 +181,12 @@ def find_arrivals(
     migration = find_migration(_by_rank(old, slots_per_rank), _by_rank(sent, slots_per_rank))
     if migration.num_moves:
         schedule = schedule_moves(migration, ranks_per_node)
-        where = {
-            cell: i for i, cell in enumerate(zip(row_M.tolist(), slot_M.tolist(), strict=True))
-        }
-        cells = zip(
-            migration.layer_M.tolist(),
-            (migration.rank_M * slots_per_rank + migration.slot_M).tolist(),
-            strict=True,
+        # Both are in the order of slots, and what is fetched is some of what arrives.
+        fetched_slot = migration.rank_M * slots_per_rank + migration.slot_M
+        num_slots = old.shape[1]
+        index = np.searchsorted(
+            row_M * num_slots + slot_M, migration.layer_M * num_slots + fetched_slot
         )
-        index = np.array([where[cell] for cell in cells], np.int64)
         source_rank_M[index] = schedule.source_M
         round_M[index] = schedule.round_M
     source_M = _slot_of(old, row_M, source_rank_M, expert_M, slots_per_rank)

@@ -34,10 +34,11 @@ def test_batches_bring_every_slot_what_the_new_placement_wants(swap, more):
     per_process = per_rank * ranks_per_process
     changed = (new != old) & (new >= 0)
     spare = max(1, int(changed.reshape(len(old), -1, per_process).sum(axis=2).max())) + more
-    batches = swap_batches(
+    made = swap_batches(
         old, new, slots_per_rank=per_rank, ranks_per_process=ranks_per_process,
         ranks_per_node=ranks_per_process, spare_rows=spare,
     )  # fmt: skip
+    batches = list(made)
     held = old.copy()
     assert sorted(layer for batch in batches for layer in batch.layers) == list(range(len(old)))
     for batch in batches:
