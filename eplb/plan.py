@@ -90,6 +90,7 @@ class Plan:
     statistic: str = "mean"
     quality: Quality | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    _digest: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.placement.num_slots != self.topology.num_slots:
@@ -160,7 +161,11 @@ class Plan:
 
     def digest(self) -> str:
         """Return ``sha256:`` and the digest that ranks agree on before they load the plan."""
-        return content_digest(self.content())
+        if self._digest is None:
+            # Parts are read-only: worked out once.
+            object.__setattr__(self, "_digest", content_digest(self.content()))
+        assert self._digest is not None
+        return self._digest
 
 
 def content_digest(content: Mapping[str, Any]) -> str:
