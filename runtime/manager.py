@@ -20,7 +20,6 @@ from torch import nn
 from eplb.arrays import IntArray
 from eplb.errors import EplbError, InvalidInput, MigrationFailed
 from eplb.plan import Plan
-from eplb.plan_file import write_plan
 from eplb.runtime.batch_work import SwapLayer, WrongChecksum
 from eplb.runtime.checksums import expert_checksums
 from eplb.runtime.ep.group import EPGroup
@@ -31,6 +30,7 @@ from eplb.runtime.liveness import Liveness
 from eplb.runtime.moves import layer_batches
 from eplb.runtime.preparation import Prepared, Swap, TablesOf, layers_of, prepare
 from eplb.runtime.proposal import Proposal, check_successor
+from eplb.runtime.staged_plan import StagedPlan
 from eplb.runtime.swap import Abort, AbortReason, Action, Stage, Transaction, abort_of
 from eplb.runtime.swap_status import SwapResult, SwapStatus
 
@@ -59,8 +59,7 @@ class PlacementManager:
     alarm_s : float
         Without progress for so long, :attr:`SwapStatus.is_stalled` is set.
     plan_path : path, optional
-        Process 0 writes the plan there when it is in force on all, so that a restart begins from
-        it.
+        Process 0 puts the plan there when it is in force on all, so that a restart begins from it.
     tables_of : callable
         From a plan, a layer id and the group to what the layer's ``install`` takes.
     host : str, optional
@@ -110,6 +109,9 @@ class PlacementManager:
         self._progress: tuple[int, Transaction] = (0, self._transaction)
         self._progress_s = time.monotonic()
         self._pool = ThreadPoolExecutor(1, "eplb-swap")
+        self._plan_file: StagedPlan | None = None
+        if plan_path is not None and group.process == 0:
+            self._plan_file = StagedPlan(plan_path)
 
     def attach(self, model: nn.Module | Iterable[SwapLayer], plan: Plan) -> None:
         """Take charge of a model's layers, which serve under ``plan``. Collective.
@@ -150,7 +152,7 @@ class PlacementManager:
         self.layers = layers
         self._is_captured = any(getattr(layer, "padded", False) for layer in layers)
         # On the thread that works for swaps, so that the first one finds it warm.
-        here = self._submit(plan.placement.phys_to_log_LS, plan).result()
+        here = self._submit(plan.placement.phys_to_log_LS, plan, None).result()
         self._tables = list(here.tables)
         self._in_force = InForce.of(plan, digest)
         self._fallback: InForce | None = None
@@ -267,6 +269,8 @@ class PlacementManager:
         for layer in self.layers:
             layer.word = 0
         self._pool.shutdown()
+        if self._plan_file is not None:
+            self._plan_file.discard()
         self._equipment.close()
 
     def settle(self, digest: str) -> None:
@@ -299,7 +303,7 @@ class PlacementManager:
         now_s = time.monotonic()
         self._swap = Swap(
             plan=plan,
-            prepared=self._submit(old_LS, plan),
+            prepared=self._submit(old_LS, plan, self._plan_file),
             deadline_s=now_s + self.deadline_s,
             begun_s=now_s,
             is_returning=is_returning,
@@ -308,10 +312,12 @@ class PlacementManager:
         self._returning_from = None
         self._progress_s = now_s
 
-    def _submit(self, old_LS: IntArray, plan: Plan) -> Future[Prepared]:
+    def _submit(
+        self, old_LS: IntArray, plan: Plan, plan_file: StagedPlan | None
+    ) -> Future[Prepared]:
         return self._pool.submit(
             prepare, self.group, old_LS, plan, spare_rows=self.spare_rows,
-            rows_per_step=self._rows_per_step, tables_of=self.tables_of,
+            rows_per_step=self._rows_per_step, tables_of=self.tables_of, plan_file=plan_file,
         )  # fmt: skip
 
     def _act(self, action: Action, abort: Abort | None) -> SwapResult | None:
@@ -455,16 +461,18 @@ class PlacementManager:
             return self._ended(swap, self._returning_from)
         self._error = None
         error = None
-        if self.plan_path is not None and self.group.process == 0:
+        if self._plan_file is not None:
             try:
-                write_plan(swap.plan, self.plan_path)
+                self._plan_file.put_in_force()
             except InvalidInput as failure:
                 error = MigrationFailed(f"the plan is in force and was not written: {failure}")
                 self._error = str(error)
         return self._ended(swap, error)
 
-    @staticmethod
-    def _ended(swap: Swap, error: MigrationFailed | None) -> SwapResult:
+    def _ended(self, swap: Swap, error: MigrationFailed | None) -> SwapResult:
+        if self._plan_file is not None:
+            # There is one where the plan did not come in force.
+            self._pool.submit(self._plan_file.discard)
         return SwapResult(error=error, seconds=time.monotonic() - swap.begun_s)
 
     def _find_row(self, epoch: int, layer: int, slot: int) -> torch.Tensor | None:

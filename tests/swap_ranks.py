@@ -599,9 +599,25 @@ def restarted(process, num_processes, folder, is_first):
         os.kill(os.getpid(), signal.SIGKILL)
     serving.step()
     serving.check_in_force(plan)
+    # One that is rolled back leaves the file as it is, and no other.
+    serving.manager.begin_swap(target)
+    serving.reach(Stage.MOVING)
+    serving.manager.abort()
+    expect_rollback(serving, r"abort\(\) was called")
     serving.swap(target)
     group.barrier()
     assert read_plan(f"{folder}/plan.yaml") == target
+    # A file that cannot be replaced is told of, and serving goes on with the plan.
+    group.barrier()
+    if group.process == 0:
+        Path(f"{folder}/plan.yaml").unlink()
+        Path(f"{folder}/plan.yaml").mkdir()
+    serving.manager.begin_swap(plan)
+    error = serving.run().error
+    assert (error is None) == (group.process != 0), error
+    assert error is None or "the plan is in force and was not written" in str(error)
+    serving.check_in_force(plan)
     serving.close()
+    assert not list(Path(folder).glob(".plan.yaml*"))
     group.barrier()
     dist.destroy_process_group()

@@ -1,0 +1,39 @@
+"""The thread that prepares a swap leaves Python's lock to serving most of the time."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("torch")
+
+from eplb.runtime import preparation
+
+
+class Clock:
+    """A thread's CPU time, and what it has slept."""
+
+    def __init__(self):
+        self.worked_s, self.slept = 0.0, []
+
+    def thread_time(self):
+        return self.worked_s
+
+    def sleep(self, seconds):
+        self.slept.append(seconds)
+
+
+def test_each_piece_is_followed_by_a_rest_in_proportion(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(preparation, "time", clock)
+    turns = preparation.Turns()
+
+    def pieces():
+        for worked_s in (0.001, 0.004):
+            clock.worked_s += worked_s
+            yield worked_s
+
+    assert list(turns.between(pieces())) == [0.001, 0.004]
+    clock.worked_s += 0.002
+    turns.rest()
+    share = preparation.RESTS_PER_WORK
+    assert clock.slept == pytest.approx([0.001 * share, 0.004 * share, 0.002 * share])
