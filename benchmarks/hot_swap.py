@@ -23,6 +23,10 @@ from hot_swap_ranks import TINY, Sizes
 from run import environment
 
 
+# A run on GPUs takes less than two minutes.
+MOST_S = 400
+
+
 def run(work: Any, processes: int, folder: str, *arguments: Any) -> list[int | None]:
     """Run processes none of which is ended for another's sake; return their exit codes."""
     context = multiprocessing.get_context("spawn")
@@ -33,7 +37,7 @@ def run(work: Any, processes: int, folder: str, *arguments: Any) -> list[int | N
     for one in started:
         one.start()
     for one in started:
-        one.join(140)
+        one.join(MOST_S)
         one.kill()
         one.join()
     return [one.exitcode for one in started]

@@ -61,6 +61,7 @@ class Sizes:
     tokens: tuple[int, ...] = (512, 4096)
     steps: int = 100
     random_swaps: int = 200
+    random_tokens: int = 200
     rows: int = 16
     repeats: int = 8
     deaths: int = len(STAGES)
@@ -68,7 +69,7 @@ class Sizes:
 
 TINY = Sizes(
     hidden=64, inner=32, expert_bytes=6144, layers=2, slots_per_rank=4, tokens=(16,), steps=12,
-    random_swaps=3, rows=3, repeats=2, deaths=1,
+    random_swaps=3, random_tokens=20, rows=3, repeats=2, deaths=1,
 )  # fmt: skip
 
 
@@ -78,6 +79,9 @@ def make_group(process: int, processes: int, folder: str, name: str) -> EPGroup:
     device = torch.device("cuda", process) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        # Processes share the cores.
+        torch.set_num_threads(1)
     store = FileStore(f"{folder}/{name}", processes)
     dist.init_process_group(
         "nccl" if cuda else "gloo", store=PrefixStore("world", store), rank=process,
@@ -424,7 +428,7 @@ def random_swaps(group: EPGroup, sizes: Sizes) -> dict[str, Any]:
 
     serving = Serving(
         group, plan(), gated_layout(hidden, 128, torch.bfloat16), hidden=hidden, payload="bf16",
-        max_tokens=200,
+        max_tokens=sizes.random_tokens,
     )  # fmt: skip
     manager = PlacementManager(group, spare_rows=per_rank)
     manager.attach(serving.layers, serving.plan)
@@ -434,7 +438,9 @@ def random_swaps(group: EPGroup, sizes: Sizes) -> dict[str, Any]:
         result = None
         while result is None:
             result = manager.step()
-            x_TH = serving.tokens(int(rng.integers(0, 200)), top_k, steps * 7 + group.process)
+            x_TH = serving.tokens(
+                int(rng.integers(0, sizes.random_tokens)), top_k, steps * 7 + group.process
+            )
             for layer in serving.layers:
                 y_TH = layer(x_TH)
                 routed = serving.route[layer.layer_id]
