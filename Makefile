@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 LINKS := build/__editable__.eplb_toolkit-0.1.0-py3-none-any
 
-.PHONY: demo test test-engines check format docs benchmark clean
+.PHONY: demo test test-engines test-kernels check format docs benchmark clean
 
 demo: $(VENV)/.installed
 	$(BIN)/eplb demo
@@ -15,6 +15,11 @@ test: $(VENV)/.tested
 # The engines' own code, as released, on our files: in an environment of its own, some 500 MB.
 test-engines: build/engines/.installed
 	build/engines/bin/pytest tests/with_engines
+
+# GPU kernels in Triton's interpreter, on a machine without GPUs: torch for CPUs has no Triton (1 GB).
+test-kernels: $(VENV)/.tested
+	$(BIN)/pip install -q --group kernels
+	$(BIN)/pytest tests/with_triton
 
 check: $(VENV)/.tested
 	$(BIN)/ruff check

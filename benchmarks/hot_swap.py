@@ -22,7 +22,6 @@ import torch
 from hot_swap_ranks import TINY, Sizes
 from run import environment
 
-
 # A run on GPUs takes less than two minutes.
 MOST_S = 400
 
