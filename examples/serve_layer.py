@@ -5,7 +5,8 @@
 
 The router has favourites, as trained ones do. It starts on a placement without replicas, records
 some steps with :class:`eplb.profiles.recorder.Recorder`, plans from the recording on the first
-process, moves the experts, and goes on. Outputs stay what they were.
+process, and serves on while :class:`eplb.runtime.manager.PlacementManager` puts the plan in force.
+Outputs stay what they were.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from eplb.plan import Plan
 from eplb.problem import Problem
 from eplb.profiles import read_profile
 from eplb.profiles.recorder import Recorder
-from eplb.runtime.ep.agreement import agree_on_plan
 from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.experts import gated_layout
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.layer import EPMoELayer
-from eplb.runtime.ep.reload import exchange_rows
 from eplb.runtime.ep.router import SigmoidRouter
 from eplb.runtime.ep.tables import PlacementTables
+from eplb.runtime.manager import PlacementManager
 from eplb.slots import Placement
 from eplb.topology import Topology
 
@@ -100,6 +100,22 @@ def serve(layer: EPMoELayer, x: torch.Tensor, recorder: Recorder | None = None) 
     return float(rows.max() / rows.mean())
 
 
+def swap(layer: EPMoELayer, old: Plan, new: Plan, x: torch.Tensor) -> int:
+    """Serve until the new plan is in force; returns how many steps that took."""
+    manager = PlacementManager(layer.group, spare_rows=layer.slots.num_slots)
+    manager.attach([layer], old)
+    manager.begin_swap(new)
+    steps, result = 0, None
+    while result is None:
+        result = manager.step()
+        layer(x)
+        steps += 1
+    manager.close()
+    if result.error is not None:
+        raise result.error
+    return steps
+
+
 def main() -> None:
     """Serve, record, plan, serve."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -128,17 +144,11 @@ def main() -> None:
         dist.broadcast_object_list(found, group_src=0, group=group.control)
     new = found[0]
     assert new is not None
-    agree_on_plan(new, plan.model, group)
-    tables = PlacementTables.of_plan(new, LAYER_ID, group)
-    moved = exchange_rows(
-        layer.slots, layer.tables.phys_to_log_S, tables.phys_to_log_S,
-        plan.topology.slots_per_rank, group,
-    )  # fmt: skip
-    layer.install(tables)
+    steps = swap(layer, plan, new, x)
     after = serve(layer, x)
     off = float((layer(x) - expected).abs().max() / expected.abs().max())
     if group.process == 0:
-        print(f"imbalance of rows {before:.3f} -> {after:.3f}, {moved} experts moved, "
+        print(f"imbalance of rows {before:.3f} -> {after:.3f}, swapped in {steps} steps, "
               f"outputs off by {off:.1e}")  # fmt: skip
     group.barrier()
     dist.destroy_process_group()
