@@ -85,8 +85,8 @@ def choose_slots(
     out_TK = torch.empty(T, top_k, dtype=torch.int64, device=topk_TK.device)
     if not P:
         return out_TK
-    grid, is_there = (triton.cdiv(P, _PAIRS),), isinstance(step, torch.Tensor)
-    now = step if isinstance(step, torch.Tensor) else step_offset(step)
+    grid = (triton.cdiv(P, _PAIRS),)
+    now, is_there = (step, True) if isinstance(step, torch.Tensor) else (step_offset(step), False)
     key_P = torch.empty(P, dtype=edges.dtype, device=topk_TK.device)
     _keys[grid](topk_TK, key_P, T, top_k, topk_TK.stride(0), num_experts, V, B=_PAIRS)
     sorted_P, order_P = torch.sort(key_P, stable=True)

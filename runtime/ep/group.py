@@ -218,8 +218,7 @@ class EPGroup:
 
     def abort(self) -> None:
         """End all waits for peers on the device; those of gloo end when a peer is gone."""
-        for end in self.on_abort:
-            end()
+        self._end_waits()
         for process_group in (self.process_group, self.node_group, self.rail_group):
             if process_group is not None and dist.get_backend(process_group) == "nccl":
                 abort: Callable[[], None] = process_group.abort
@@ -237,8 +236,7 @@ class EPGroup:
         """
         if self.alarm is not None:
             self.alarm(ALARM_S)
-        for end in self.on_abort:
-            end()
+        self._end_waits()
         missing = self._roll_call()
         who = (
             f"no word from process{'es' * (len(missing) > 1)} {', '.join(map(str, missing))}"
@@ -250,6 +248,11 @@ class EPGroup:
             f"{self.timeout_s:g}) for its peers, {who}; restart the group without what stalled, "
             "or give a longer timeout_s"
         )
+
+    def _end_waits(self) -> None:
+        """End the waits on the device that are not torch's."""
+        for end in self.on_abort:
+            end()
 
     def _roll_call(self) -> list[int]:
         try:
