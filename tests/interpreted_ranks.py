@@ -5,7 +5,6 @@ It is a module of its own because spawned processes import it by name.
 
 from __future__ import annotations
 
-import os
 from math import prod
 
 import ep_ranks
@@ -56,8 +55,6 @@ class MappedFiles:
 
 def random_plans(process, num_processes, folder, cases):
     """Random plans under every rule, case by case; each with a fault between two batches."""
-    # Before anything imports Triton.
-    os.environ["TRITON_INTERPRET"] = "1"
     peer_buffers.PeerMemory = MappedFiles
     MappedFiles.folder = folder
     ep_ranks.start(process, num_processes, folder)
