@@ -23,7 +23,7 @@ from run import environment
 
 from eplb.model import MoEModel
 from eplb.plan import Plan
-from eplb.runtime import preparation
+from eplb.runtime import preparation, turns
 from eplb.runtime.ep.tables import PlacementTables
 from eplb.slots import Placement
 from eplb.topology import Topology
@@ -33,7 +33,7 @@ NUM_EXPERTS, TOP_K = 256, 8
 TOPOLOGY = Topology(num_nodes=4, ranks_per_node=8, slots_per_rank=9)
 # One layer a batch, and four.
 SPARE_ROWS = (9, 36)
-RESTS = (0, preparation.RESTS_PER_WORK)
+RESTS = (0, turns.RESTS_PER_WORK)
 STEP_MS = 5.0
 REPEATS = 5
 
@@ -61,7 +61,7 @@ def prepare(old: Plan, new: Plan, spare_rows: int, rests: int) -> preparation.Pr
         num_ranks=TOPOLOGY.num_ranks, num_nodes=TOPOLOGY.num_nodes,
         ranks_per_node=TOPOLOGY.ranks_per_node,
     )  # fmt: skip
-    preparation.RESTS_PER_WORK = rests
+    turns.RESTS_PER_WORK = rests
     return preparation.prepare(
         group, old.placement.phys_to_log_LS, new, spare_rows=spare_rows, rows_per_step=12,
         tables_of=PlacementTables.of_plan,

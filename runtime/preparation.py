@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,14 +18,11 @@ from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.layer import EPMoELayer
 from eplb.runtime.moves import Arrivals, swap_batches
 from eplb.runtime.staged_plan import StagedPlan
+from eplb.runtime.turns import Turns
 
 __all__ = ["Prepared", "Swap", "TablesOf", "layers_of", "prepare"]
 
 TablesOf = Callable[[Plan, int, EPGroup], Any]
-T = TypeVar("T")
-
-# Preparing then takes the lock for a tenth of the time.
-RESTS_PER_WORK = 9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +58,7 @@ def prepare(
 ) -> Prepared:
     """Work out a swap from the slots in force to a plan, on a thread beside serving.
 
-    Between any two batches or tables it rests: see :class:`Turns`.
+    Batches and tables are its pieces of work (:mod:`eplb.runtime.turns`).
 
     Raises
     ------
@@ -91,29 +87,6 @@ def prepare(
     if group.device.type == "cuda":
         torch.cuda.current_stream().synchronize()
     return Prepared(digest=digest, batches=batches, tables=tables)
-
-
-class Turns:
-    """Rests of a thread that share Python's lock with the thread that serves.
-
-    A thread that computes in Python gives the lock to one that asks for it after 5 ms only, and the
-    serving thread asks anew for each operation that it launches. So work is done in pieces of about
-    a millisecond, each followed by a rest in which serving has the lock to itself.
-    """
-
-    def __init__(self) -> None:
-        self._since_s = time.thread_time()
-
-    def rest(self) -> None:
-        """Sleep in proportion to what this thread has worked since the last rest."""
-        time.sleep((time.thread_time() - self._since_s) * RESTS_PER_WORK)
-        self._since_s = time.thread_time()
-
-    def between(self, pieces: Iterable[T]) -> Iterator[T]:
-        """Give the pieces as they are worked out, and rest behind each."""
-        for piece in pieces:
-            self.rest()
-            yield piece
 
 
 def layers_of(model: nn.Module | Iterable[SwapLayer]) -> dict[int, SwapLayer]:

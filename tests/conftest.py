@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+# Tests run beside each other, a core each; so do the processes that they start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Time on a loaded machine says nothing about the code.
 settings.register_profile("eplb", deadline=None, max_examples=50)
