@@ -186,6 +186,10 @@ def command(
         click.echo(json.dumps(report))
         return
     _show(report, sum(d.placement.phys_to_log_LS.size for d in result.decisions))
+    if html_path is not None:
+        from eplb.cli.plan import show_report
+
+        show_report(html_path)
 
 
 def _make_folder(folder: Path) -> None:
