@@ -38,7 +38,13 @@ FORMATS = ("png", "svg", "pdf")
 @click.argument("profile_path", metavar="PROFILE")
 @click.option("--every", type=click.IntRange(min=1), required=True, help="Steps between decisions.")
 @click.option("--warmup", type=click.IntRange(min=1), help="Steps before the first; as --every.")
-@click.option("--policy", type=Name("policy", POLICIES), default="follow", show_default=True)
+@click.option(
+    "--policy",
+    type=Name("policy", POLICIES),
+    default="follow",
+    show_default=True,
+    help=f"What decides: {', '.join(POLICIES)}.",
+)
 @click.option(
     "--fit-steps",
     type=click.IntRange(min=1),
