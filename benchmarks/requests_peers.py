@@ -111,7 +111,7 @@ def comparisons(traces: dict[str, RequestTrace], phases: list[str]) -> Iterator[
 
 
 def sensitivity(traces: dict[str, RequestTrace], phases: list[str]) -> Iterator[dict[str, Any]]:
-    """Cost constants halved and doubled, and the part of transfers that is exposed."""
+    """Cost constants halved and doubled."""
     for name in SHORT_TRACES:
         if name not in traces:
             continue

@@ -1,7 +1,7 @@
-"""Render the tables of docs/measured.md and README.md: ``python benchmarks/tables.py [--check]``.
+"""Render the tables of the documents: ``python benchmarks/tables.py [--check]``.
 
 Each table stands between ``<!-- table: NAME -->`` and ``<!-- end -->`` and is made from a file in
-``benchmarks/results``, which ``peers.py`` and ``run.py`` write.
+``benchmarks/results``, which the benchmarks beside this one write.
 """
 
 from __future__ import annotations

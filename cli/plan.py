@@ -133,8 +133,8 @@ def command(
 ) -> None:
     """Plan replicas and placement for recorded loads, and prove how good the plan is.
 
-    PROFILE is a recording (.npz, .npy, .csv, or a dump of SGLang: .json, .pt), or one array of it
-    as FILE.npz:ARRAY. Several profiles are scenarios of one plan.
+    PROFILE is a recording (.npz, .npy, .csv, or what an engine writes: .json, .pt, .jsonl, a
+    folder), or one array of it as FILE.npz:ARRAY. Several profiles are scenarios of one plan.
 
     \b
     eplb plan loads.npz --nodes 4 --ranks-per-node 8 --slots-per-rank 9 -o plan.yaml

@@ -67,6 +67,10 @@ def show_command(
         click.echo(json.dumps(summary.to_dict()))
     else:
         _show(summary, profile.mean_load_LE())
+        if html_path is not None:
+            from eplb.cli.plan import show_report
+
+            show_report(html_path)
 
 
 @command.command("convert")

@@ -38,7 +38,13 @@ FORMATS = ("png", "svg", "pdf")
 @click.argument("profile_path", metavar="PROFILE")
 @click.option("--every", type=click.IntRange(min=1), required=True, help="Steps between decisions.")
 @click.option("--warmup", type=click.IntRange(min=1), help="Steps before the first; as --every.")
-@click.option("--policy", type=Name("policy", POLICIES), default="follow", show_default=True)
+@click.option(
+    "--policy",
+    type=Name("policy", POLICIES),
+    default="follow",
+    show_default=True,
+    help=f"What decides: {', '.join(POLICIES)}.",
+)
 @click.option(
     "--fit-steps",
     type=click.IntRange(min=1),
@@ -186,6 +192,10 @@ def command(
         click.echo(json.dumps(report))
         return
     _show(report, sum(d.placement.phys_to_log_LS.size for d in result.decisions))
+    if html_path is not None:
+        from eplb.cli.plan import show_report
+
+        show_report(html_path)
 
 
 def _make_folder(folder: Path) -> None:

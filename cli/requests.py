@@ -148,7 +148,8 @@ def compare_command(
 
 @command.command("replay")
 @deployment
-@click.option("--policy", default="eplb", show_default=True, metavar="NAME")
+@click.option("--policy", default="eplb", show_default=True, metavar="NAME",
+              help="One of those that eplb requests compare shows.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--abort", type=click.FloatRange(min=0, max=1), default=0.0, show_default=True,
               help="Decode: part of the requests that is aborted.")  # fmt: skip

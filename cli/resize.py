@@ -155,6 +155,9 @@ def command(
 
 def _resized(topology: Topology, options: dict[str, Any]) -> Topology:
     """Return the topology that the options ask for; ranks out of service stay so."""
+    from eplb.placement.resize import check_equal_ranks
+
+    check_equal_ranks(topology)
     changes = {
         field: options[option]
         for option, field in (

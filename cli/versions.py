@@ -12,7 +12,10 @@ from eplb.cli.options import as_json
 
 __all__ = ["command"]
 
-PACKAGES = ("eplb-toolkit", "numpy", "click", "pyyaml", "rich", "torch")
+PACKAGES = (
+    "eplb-toolkit", "numpy", "scipy", "numba", "ortools", "click", "jinja2", "pyyaml", "rich",
+    "torch", "transformers",
+)  # fmt: skip
 
 
 @click.command("versions")

@@ -29,7 +29,7 @@ from eplb.problem import Problem, check_room
 from eplb.slots import EMPTY, Placement
 from eplb.topology import Topology
 
-__all__ = ["Resize", "resize"]
+__all__ = ["Resize", "check_equal_ranks", "resize"]
 
 # Parts of all slots that moves beyond filling are tried with.
 MOVE_LEVELS = (0.02, 0.05, 0.1)
@@ -99,11 +99,8 @@ def resize(
     model, placement = plan.model, plan.placement
     if max_moves is not None and max_moves < 0:
         raise InvalidInput(f"max_moves must be at least 0, got {max_moves}")
-    if any(t.rank_slots or t.rank_speed for t in (plan.topology, topology)):
-        raise InvalidInput(
-            "resize knows ranks of equal slots and speed; leave rank_slots and rank_speed out of "
-            "the topologies, or plan anew with eplb plan"
-        )
+    check_equal_ranks(plan.topology)
+    check_equal_ranks(topology)
     if profile.layer_ids != placement.layer_ids:
         raise InvalidInput(
             f"{profile.source} has load in {profile.num_layers} layers and the plan has "
@@ -161,6 +158,20 @@ def resize(
         free_moves=int(moves_LO[:, -1].sum()),
         curve=curve,
     )
+
+
+def check_equal_ranks(topology: Topology) -> None:
+    """Raise unless ranks have equal slots and speed.
+
+    Raises
+    ------
+    InvalidInput
+    """
+    if topology.rank_slots or topology.rank_speed:
+        raise InvalidInput(
+            "resize knows ranks of equal slots and speed; leave rank_slots and rank_speed out of "
+            "the topologies, or plan anew with eplb plan"
+        )
 
 
 def _few_moves(plan: Plan, problem: Problem, held_LRK: IntArray) -> list[IntArray]:

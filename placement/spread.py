@@ -3,8 +3,7 @@
 Two replicas of one expert on one rank waste a slot: the rank receives both shares. DeepSeek's
 packing lets that happen (deepseek-ai/EPLB#22). Here each doubled replica is swapped away, and where
 that raised the largest rank load, further swaps with the largest rank bring it back down. On all
-recorded loads they do; of random loads with a few ranks a node, one layer in thousands ends up to
-1% above.
+recorded loads they do; how often not on loads far more skewed, docs/measured.md says.
 
 Shape letters: X rows, Y the rows at work, S slots, R ranks, K slots of a rank.
 """

@@ -31,7 +31,7 @@ from eplb.profiles.recorder_window import WindowShape, window_arrays
 __all__ = ["Closed", "Writer"]
 
 _log = logging.getLogger("eplb.recorder")
-# Windows kept in memory while the disk takes none: at most some 10 MB of 58 x 256 counts.
+# Windows kept in memory while the disk takes none: some 30 MB of 58 x 256 counts, a phase.
 MAX_BACKLOG = 256
 # A rank that has nothing for a window says so this long after the window's end.
 GRACE_S = 1.0

@@ -2,7 +2,7 @@
 
 Serving says when work may start (:meth:`SideLane.pump`): after the dispatch of a layer, so that
 copies run under the experts and not against the exchange. Started together with the dispatch they
-slowed steps far more (measured: docs/hot-swap.md). A budget in bytes per second holds them back.
+slowed steps far more. A budget in bytes per second holds them back.
 """
 
 from __future__ import annotations

@@ -126,6 +126,17 @@ def test_what_cannot_be_resized(run, loads, small):
         assert (done.code, words in done.err) == (code, True), done.err
 
 
+def test_ranks_that_differ_are_not_resized_to_any_number(run, loads, tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "num_nodes: 2\nranks_per_node: 2\nslots_per_rank: 6\nrank_speed: [1, 1, 1, 0.5]\n"
+    )
+    day = loads / "day.npz"
+    assert run("plan", day, "--topology", tmp_path / "c.yaml", "-o", "plan.yaml").code == 0
+    for options in (("--nodes", 3), ("--slots-per-rank", 7)):
+        done = run("resize", "plan.yaml", day, *options, "-o", "r.yaml")
+        assert (done.code, "equal slots and speed" in done.err) == (2, True), done.err
+
+
 def test_a_plan_without_a_rank_is_shown_with_what_engines_would_start_with(run, loads, tmp_path):
     (tmp_path / "c.yaml").write_text(
         "num_nodes: 2\nranks_per_node: 2\nslots_per_rank: 6\nranks_out_of_service: [0]\n"

@@ -216,6 +216,7 @@ def test_profile_show_writes_pictures(run, loads, tmp_path):
     outline(text)
     assert "Scenarios" in text
     assert 'id="picture-experts"' in text
+    assert "Report written: p.html" in result.out
 
 
 def test_replay_writes_pictures(run, loads, small, tmp_path):
@@ -224,6 +225,7 @@ def test_replay_writes_pictures(run, loads, small, tmp_path):
     assert result.code == 0
     assert json.loads(result.out)["policy"] == "keep"
     outline((tmp_path / "r.html").read_text())
+    assert "Report written: s.html" in run(*words, "--html", "s.html").out
 
 
 def test_plan_and_demo_write_reports(run, loads, small, tmp_path):
