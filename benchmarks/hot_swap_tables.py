@@ -13,6 +13,7 @@ from table_format import markdown_table
 __all__ = ["HOT_SWAP_TABLES", "picture"]
 
 RESULTS = Path(__file__).parent / "results" / "hot-swap.json"
+PREPARING = RESULTS.parent / "preparing.json"
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "hot-swap.svg"
 # What the copy engine gave on four H100 with 16 experts of 44 MB, torch 2.11.
 COPY_ENGINE_GB_PER_S = 384.0
@@ -159,12 +160,29 @@ def drawn() -> str:
     return picture(max(rows, key=lambda row: row["tokens"]))
 
 
+def preparing() -> str:
+    """Return steps beside the thread that prepares a swap."""
+    report = json.loads(PREPARING.read_text())
+    made = report["environment"]
+    body = [
+        [str(row["spare_rows"]), "yes" if row["rests_per_work"] else "no",
+         f"{row['seconds']:.2f}", f"{row['mean']:.1f}", f"{row['longest']:.1f}",
+         f"{row['longest_idle']:.1f}"]
+        for row in report["results"]
+    ]  # fmt: skip
+    head = ["spare rows", "with rests", "seconds", "step, mean", "longest", "longest idle"]
+    return markdown_table(head, body) + (
+        f"\n{made['processor']}, torch {made['torch']}, {made['date'][:10]}.\n"
+    )
+
+
 HOT_SWAP_TABLES: dict[str, Callable[[], str]] = {
     "hot-swap-transfers": transfers,
     "hot-swap-beside": beside,
     "hot-swap-stages": swaps,
     "hot-swap-deaths": deaths,
     "hot-swap-random": random_swaps,
+    "hot-swap-preparing": preparing,
 }
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ TOPOLOGY = Topology(num_nodes=4, ranks_per_node=8, slots_per_rank=9)
 SPARE_ROWS = (9, 36)
 RESTS = (0, turns.RESTS_PER_WORK)
 STEP_MS = 5.0
+IDLE_STEPS = 300
 REPEATS = 5
 
 
@@ -78,7 +79,7 @@ def make_step() -> Callable[[], float]:
             values.add_(1.0)
         return 1e3 * (time.perf_counter() - start)
 
-    operations = int(1000 * STEP_MS / statistics.median(step(1000) for _ in range(50)))
+    operations = int(1000 * STEP_MS / statistics.median(step(1000) for _ in range(1000)))
     return lambda: step(operations)
 
 
@@ -104,7 +105,7 @@ def main() -> None:
         for spare_rows in SPARE_ROWS:
             for rests in RESTS:
                 old, new = random_plan(rng), random_plan(rng)
-                idle = [step() for _ in range(100)]
+                idle = [step() for _ in range(IDLE_STEPS)]
                 start = time.perf_counter()
                 times = steps_until(step, pool.submit(prepare, old, new, spare_rows, rests))
                 seconds = time.perf_counter() - start

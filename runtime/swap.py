@@ -14,7 +14,7 @@ A swap goes batch by batch, since spare rows are few. For each batch all process
 4. free the displaced rows and go on with the next batch, when all have switched.
 
 This module is pure: no device, thread or clock. What it orders is done by
-:mod:`eplb.runtime.manager`.
+:mod:`eplb.runtime.batch_work`.
 """
 
 from __future__ import annotations
