@@ -266,7 +266,7 @@ VALUES = st.recursive(
 @settings(max_examples=1500)
 @given(data=st.data())
 def test_fuzzed_structures_raise_only_our_errors(folder, valid, data):
-    document = yaml.safe_load(valid)
+    document = yaml.load(valid, yaml.CSafeLoader)
     if data.draw(st.booleans()):
         document.pop("digest")
     for _ in range(data.draw(st.integers(1, 3))):
@@ -276,7 +276,7 @@ def test_fuzzed_structures_raise_only_our_errors(folder, valid, data):
             target = target[key]
             key = data.draw(st.sampled_from(sorted(target, key=str)))
         target[key] = data.draw(VALUES)
-    only_eplb_errors(yaml.safe_dump(document, sort_keys=False), folder)
+    only_eplb_errors(yaml.dump(document, Dumper=yaml.CSafeDumper, sort_keys=False), folder)
 
 
 @settings(max_examples=300)
