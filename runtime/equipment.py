@@ -10,7 +10,9 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
 from eplb.arrays import IntArray
+from eplb.errors import EplbError
 from eplb.runtime.batch_work import BatchWork, SwapLayer
+from eplb.runtime.ep.agreement import gather_sound
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.lane import Pacer, SideLane
@@ -61,14 +63,31 @@ class Equipment:
             How long a peer that is fetched from may send nothing.
         host : str, optional
             Address under which other processes reach this one; found out where left out.
+
+        Raises
+        ------
+        InvalidInput
+            Some process' machine does not have its address.
         """
         row_bytes = layers[0].slots.layout.row_bytes
         memory = PeerMemory(group)
         spare = SpareRows(spare_rows, row_bytes, memory.allocate)
         host = host or own_host()
-        server = RowServer(find_row, host)
+        servers: list[RowServer] = []
+
+        def own() -> str:
+            servers.append(RowServer(find_row, host))
+            return secrets.token_hex(8)
+
+        try:
+            told = gather_sound(group, own)
+        except EplbError:
+            for server in servers:
+                server.close()
+            raise
+        server = servers[0]
         # What others have left in the group's store is none of this one's.
-        store = PrefixStore(group.gather_text(secrets.token_hex(8))[0], group.store)
+        store = PrefixStore(told[0], group.store)
         addresses = PrefixStore("address", store)
         addresses.set(str(group.process), server.address)
         pacer = Pacer(bytes_per_s, row_bytes)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import secrets
 import socket
 import threading
@@ -27,9 +28,10 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import Store
 
-from eplb.errors import ServingFailed
+from eplb.errors import EplbError, InvalidInput, ServingFailed
+from eplb.runtime.ep.agreement import gather_sound
 from eplb.runtime.ep.group import EPGroup
-from eplb.runtime.row_fetch import own_host
+from eplb.runtime.row_fetch import no_address, own_host
 from eplb.runtime.survivors import View, agreed_digest, agreed_loss, watched_by
 
 __all__ = ["Liveness", "Loss", "RanksLost"]
@@ -90,6 +92,11 @@ class Liveness:
     ----------
     loss : Loss or None
         Once all survivors agree.
+
+    Raises
+    ------
+    InvalidInput
+        Times that cannot be, or an address that some process' machine does not have.
     """
 
     def __init__(
@@ -100,6 +107,11 @@ class Liveness:
         interval_s: float = 0.1,
         host: str | None = None,
     ) -> None:
+        if not 0 < interval_s < timeout_s < math.inf:
+            raise InvalidInput(
+                f"timeout_s ({timeout_s}) must be finite and longer than interval_s "
+                f"({interval_s}), and both positive; silence is told by missing some heartbeats"
+            )
         self.group, self.timeout_s, self.interval_s = group, timeout_s, interval_s
         self.loss: Loss | None = None
         host = host or own_host()
@@ -109,14 +121,23 @@ class Liveness:
         self._stores: dict[int, str] = {}
         self._store: Store | None = None
         self._expelled = False
+        self._failure: ServingFailed | None = None
         self._alarm_s: float | None = None
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind((host, 0))
-        self._socket.settimeout(interval_s)
-        # Whoever is started in place of a process does not know this, and is not heard.
-        token = secrets.token_hex(8)
-        port = self._socket.getsockname()[1]
-        told = [text.split() for text in group.gather_text(f"{host} {port} {token}")]
+
+        def own() -> str:
+            try:
+                self._socket.bind((host, 0))
+            except OSError as error:
+                raise no_address(host, error) from None
+            # Whoever is started in place of a process does not know the token, and is not heard.
+            return f"{host} {self._socket.getsockname()[1]} {secrets.token_hex(8)}"
+
+        try:
+            told = [text.split() for text in gather_sound(group, own)]
+        except EplbError:
+            self._socket.close()
+            raise
         self._token = told[0][2]
         self._addresses = [(host, int(port)) for host, port, _ in told]
         watched = watched_by(group.process, group.num_processes)
@@ -157,10 +178,10 @@ class Liveness:
         RanksLost
             All survivors agree on who is gone.
         ServingFailed
-            The others hold this process for dead.
+            The others hold this process for dead, or survivors cannot go on from one placement.
         """
         deadline = time.monotonic() + wait_s
-        while self.loss is None and not self._expelled:
+        while self.loss is None and self._failure is None and not self._expelled:
             # While somebody is suspected the survivors are about to agree.
             suspected = self._views[self.group.process].suspects and wait_s
             patience_s = self._patience_s if suspected else 0.0
@@ -172,6 +193,8 @@ class Liveness:
                 f"the other processes hold process {self.group.process} for dead: it was silent "
                 f"for more than {self.timeout_s:g} s; restart it, or give a longer timeout_s"
             )
+        if self._failure is not None:
+            raise ServingFailed(str(self._failure)) from self._failure
         loss = self.loss
         assert loss is not None
         per_process = self.group.ranks_per_process
@@ -233,27 +256,36 @@ class Liveness:
     def _run(self) -> None:
         next_s = time.monotonic()
         while not self._ending.is_set():
-            self._hear()
-            # Only what is still unread now was not said in time.
-            self._watch(time.monotonic())
+            # Only what is still unread then was not said in time.
+            if self._hear():
+                self._watch(time.monotonic())
             self._conclude()
             if time.monotonic() >= next_s:
                 self._tell()
                 next_s = time.monotonic() + self.interval_s
 
-    def _hear(self) -> None:
-        """Take in all that has arrived, waiting for one interval if nothing has."""
+    def _hear(self) -> bool:
+        """Take in what has arrived, waiting for half an interval if nothing has.
+
+        Returns
+        -------
+        bool
+            Whether that was all: strangers may send faster than this reads, and even then the group
+            must not miss this process' own heartbeat.
+        """
         self._socket.settimeout(self.interval_s / 2)
-        while True:
+        until_s = time.monotonic() + self.interval_s
+        while time.monotonic() < until_s:
             try:
                 message = json.loads(self._socket.recv(_MOST_BYTES))
             except (TimeoutError, BlockingIOError):
-                return
+                return True
             except (OSError, ValueError, RecursionError):
                 continue
             self._socket.settimeout(0.0)
             if isinstance(message, dict) and message.get("token") == self._token:
                 self._take(message)
+        return False
 
     def _take(self, message: dict[str, Any]) -> None:
         process, own = message["process"], self.group.process
@@ -303,24 +335,29 @@ class Liveness:
                 self._alarm_s = time.monotonic()
 
     def _conclude(self) -> None:
-        if self.loss is not None or self._alarm_s is None:
+        if self.loss is not None or self._failure is not None or self._alarm_s is None:
             return
+        group = self.group
         with self._lock:
-            group = self.group
             dead = agreed_loss(group.process, self._views, group.num_processes)
             if not dead:
                 return
             survivors = tuple(p for p in range(group.num_processes) if p not in dead)
             last_s = min(self._heard_s[p] for p in dead)
-            self.loss = Loss(
-                dead=tuple(sorted(dead)),
-                survivors=survivors,
-                digest=agreed_digest(self._views[p] for p in survivors),
-                seconds=time.monotonic() - last_s,
-            )
+            try:
+                digest = agreed_digest(self._views[p] for p in survivors)
+            except ServingFailed as error:
+                self._failure = error
+            else:
+                self.loss = Loss(
+                    dead=tuple(sorted(dead)),
+                    survivors=survivors,
+                    digest=digest,
+                    seconds=time.monotonic() - last_s,
+                )
         # Right away, so that the others conclude as well while this process is busy aborting.
         self._tell()
-        self.group.abort()
+        group.abort()
 
     def _tell(self) -> None:
         own = self.group.process

@@ -8,12 +8,14 @@ errors.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +24,7 @@ from eplb.errors import EplbError, InvalidInput, MigrationFailed
 from eplb.plan import Plan
 from eplb.runtime.batch_work import SwapLayer, WrongChecksum
 from eplb.runtime.checksums import expert_checksums
+from eplb.runtime.ep.agreement import gather_sound
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.tables import PlacementTables
 from eplb.runtime.equipment import Equipment
@@ -31,7 +34,7 @@ from eplb.runtime.moves import layer_batches
 from eplb.runtime.preparation import Prepared, Swap, TablesOf, layers_of, prepare
 from eplb.runtime.proposal import Proposal, check_successor
 from eplb.runtime.staged_plan import StagedPlan
-from eplb.runtime.swap import Abort, AbortReason, Action, Stage, Transaction, abort_of
+from eplb.runtime.swap import Abort, AbortReason, Action, Stage, Transaction, abort_of, epoch_of
 from eplb.runtime.swap_status import SwapResult, SwapStatus
 
 __all__ = ["PlacementManager"]
@@ -89,18 +92,24 @@ class PlacementManager:
         host: str | None = None,
         liveness: Liveness | None = None,
     ) -> None:
+        if spare_rows < 1:
+            raise InvalidInput(f"spare_rows ({spare_rows}) must be at least 1")
         if bytes_per_s is not None and not bytes_per_s > 0:
             raise InvalidInput(f"bytes_per_s must be positive, got {bytes_per_s}")
-        if switch_bytes is not None and switch_bytes < 1:
+        if switch_bytes is not None and not switch_bytes >= 1:
             raise InvalidInput(f"switch_bytes must be at least 1, got {switch_bytes}")
-        if not deadline_s > 0:
-            raise InvalidInput(f"deadline_s must be positive, got {deadline_s}")
+        for name, seconds in (("deadline_s", deadline_s), ("alarm_s", alarm_s)):
+            if not 0 < seconds < math.inf:
+                raise InvalidInput(f"{name} must be positive and finite, got {seconds}")
         self.group = group
         self.spare_rows, self.bytes_per_s = spare_rows, bytes_per_s
         self.switch_bytes = switch_bytes
         self.deadline_s, self.alarm_s = deadline_s, alarm_s
         self.plan_path, self.tables_of = plan_path, tables_of
         self.host, self.liveness = host, liveness
+        self.layers: list[SwapLayer] = []
+        self._equipment: Equipment | None = None
+        self._is_closed = False
         self._transaction = Transaction()
         self._swap: Swap | None = None
         self._error: str | None = None
@@ -122,39 +131,36 @@ class PlacementManager:
         ------
         InvalidInput
             Layers and plan do not fit each other, processes serve different plans, or replicas of
-            an expert differ.
+            an expert differ; on all processes, also where it is one's fault.
         """
-        found = layers_of(model)
-        if sorted(found) != list(plan.placement.layer_ids):
-            raise InvalidInput(
-                f"the model has expert layers {sorted(found)} and the plan "
-                f"{list(plan.placement.layer_ids)}; attach the plan that is served"
+        if self._equipment is not None or self._is_closed:
+            raise InvalidInput("this manager has had its layers; make another one to attach to")
+        layers: list[SwapLayer] = []
+
+        def own() -> str:
+            layers[:] = self._layers_served(model, plan)
+            row_bytes = layers[0].slots.layout.row_bytes
+            self._layout_digest = layers[0].slots.layout.digest()
+            self._rows_per_step = (
+                None if self.switch_bytes is None else max(int(self.switch_bytes) // row_bytes, 1)
             )
-        layers = [found[layer_id] for layer_id in plan.placement.layer_ids]
-        layouts = {layer.slots.layout.digest() for layer in layers}
-        if len(layouts) > 1:
-            raise InvalidInput("all layers' experts must have the same tensors; attach equal ones")
-        self._layout_digest = layouts.pop()
-        digest = plan.digest()
-        row_bytes = layers[0].slots.layout.row_bytes
-        self._rows_per_step = (
-            None if self.switch_bytes is None else max(self.switch_bytes // row_bytes, 1)
-        )
-        others = self.group.gather_text(
-            f"{digest} {self._layout_digest} {self.spare_rows} {self._rows_per_step}"
-        )
+            return f"{plan.digest()} {self._layout_digest} {self.spare_rows} {self._rows_per_step}"
+
+        others = gather_sound(self.group, own)
         if len(set(others)) > 1:
             raise InvalidInput(
                 f"processes serve different plans, layouts, spare rows or rows switched a step: "
                 f"{sorted(set(others))}; start all from one plan, with the same options"
             )
-        self._slots_per_process = plan.topology.slots_per_rank * self.group.ranks_per_process
+        self._slots_per_process = layers[0].slots.num_slots
         self.layers = layers
+        # What was last heard was said to another manager.
+        self._transaction = Transaction(epoch_of(layers[0].word_min) + 1)
         self._is_captured = any(getattr(layer, "padded", False) for layer in layers)
         # On the thread that works for swaps, so that the first one finds it warm.
         here = self._submit(plan.placement.phys_to_log_LS, plan, None).result()
         self._tables = list(here.tables)
-        self._in_force = InForce.of(plan, digest)
+        self._in_force = InForce.of(plan, here.digest)
         self._fallback: InForce | None = None
         self.checksum_LE = expert_checksums(self.group, layers, plan)
         self._equipment = Equipment.connect(
@@ -172,8 +178,11 @@ class PlacementManager:
         InvalidInput
             The plan cannot follow the one in force. Nothing has happened then.
         MigrationFailed
-            A swap is under way, or a layer does not fit into the spare rows.
+            A swap is under way, or a layer does not fit into the spare rows, there or back.
         """
+        self._check_attached()
+        if self._is_closed:
+            raise InvalidInput("this manager is closed; make another one for the next swap")
         if self._swap is not None:
             raise MigrationFailed(
                 f"a swap is under way ({self._transaction.stage.value}); wait for its end, or call "
@@ -205,6 +214,9 @@ class PlacementManager:
         RanksLost
             Processes died, see :mod:`eplb.runtime.liveness`.
         """
+        self._check_attached()
+        if self._is_closed:
+            return None
         if self.liveness is not None:
             self.liveness.check()
         word_min = self.layers[0].word_min
@@ -222,19 +234,24 @@ class PlacementManager:
         return result
 
     def abort(self) -> None:
-        """Have all processes roll the swap back; one caller is enough.
+        """Have all processes roll the swap back; one caller is enough, on any thread.
+
+        It comes too late where the swap ends at the next step.
 
         Raises
         ------
         MigrationFailed
             No swap is under way.
         """
-        if self._swap is None:
+        swap = self._swap
+        if swap is None:
             raise MigrationFailed("no swap is under way; there is nothing to abort")
-        self._fail(AbortReason.ASKED, "it was asked for")
+        # The transaction is the serving thread's: it takes this up in its next step.
+        swap.is_abort_asked = True
 
     def status(self) -> SwapStatus:
         """Return where a swap stands. May be called from any thread."""
+        self._check_attached()
         transaction, swap = self._transaction, self._swap
         since_s = time.monotonic() - self._progress_s if swap is not None else 0.0
         return SwapStatus(
@@ -266,12 +283,16 @@ class PlacementManager:
 
     def close(self) -> None:
         """Let go of the layers, threads and memory. No swap may be under way."""
-        for layer in self.layers:
-            layer.word = 0
+        if self._is_closed:
+            return
+        self._is_closed = True
         self._pool.shutdown()
         if self._plan_file is not None:
             self._plan_file.discard()
-        self._equipment.close()
+        if self._equipment is not None:
+            for layer in self.layers:
+                layer.word = 0
+            self._equipment.close()
 
     def settle(self, digest: str) -> None:
         """After a loss: have in force what the survivors agreed on, going back one switch if need.
@@ -294,10 +315,13 @@ class PlacementManager:
 
     def _begin(self, plan: Plan, *, is_returning: bool = False) -> None:
         old_LS, new_LS = self._in_force.slots_LS(), plan.placement.phys_to_log_LS
-        batches = layer_batches(
-            (new_LS != old_LS) & (new_LS >= 0), self._slots_per_process, self.spare_rows,
-            self._rows_per_step,
-        )  # fmt: skip
+        batches = self._batches(old_LS, new_LS)
+        if len(batches) > 1 and not is_returning:
+            # Slots that the new plan leaves empty arrive on the way back only.
+            try:
+                self._batches(new_LS, self._in_force.old.placement.phys_to_log_LS)
+            except MigrationFailed as error:
+                raise MigrationFailed(f"on the way back, should the swap fail: {error}") from None
         # Peers may still be reading what was said of the last one.
         self._board.clear(self._transaction.epoch - 2)
         now_s = time.monotonic()
@@ -311,6 +335,12 @@ class PlacementManager:
         self._transaction = self._transaction.begin(map(len, batches))
         self._returning_from = None
         self._progress_s = now_s
+
+    def _batches(self, old_LS: IntArray, new_LS: IntArray) -> list[list[list[int]]]:
+        return layer_batches(
+            (new_LS != old_LS) & (new_LS >= 0), self._slots_per_process, self.spare_rows,
+            self._rows_per_step,
+        )  # fmt: skip
 
     def _submit(
         self, old_LS: IntArray, plan: Plan, plan_file: StagedPlan | None
@@ -365,6 +395,9 @@ class PlacementManager:
         """Look whether this process is done with its stage, and in time."""
         if self._transaction.reason is not None:
             return
+        if swap.is_abort_asked:
+            self._fail(AbortReason.ASKED, "it was asked for")
+            return
         if not self._transaction.is_waiting and self._attempt(lambda: self._is_done(swap)):
             self._transaction = self._transaction.complete()
         if self._transaction.reason is None and time.monotonic() > swap.deadline_s:
@@ -378,9 +411,13 @@ class PlacementManager:
             self._fail(AbortReason.CHECKSUM, str(error))
         except (MemoryError, torch.OutOfMemoryError) as error:
             self._fail(AbortReason.MEMORY, str(error))
-        except (EplbError, RuntimeError, OSError) as error:
-            plans = self._transaction.stage is Stage.AGREEING
-            self._fail(AbortReason.PLANS if plans else AbortReason.TRANSFER, str(error))
+        except Exception as error:  # noqa: BLE001  (tables_of is serving code's, and may raise any)
+            reason = AbortReason.TRANSFER
+            if self._transaction.stage is Stage.AGREEING:
+                disagree = isinstance(error, MigrationFailed)
+                reason = AbortReason.PLANS if disagree else AbortReason.PREPARING
+            known = isinstance(error, (EplbError, RuntimeError, OSError))
+            self._fail(reason, str(error) if known else f"{type(error).__name__}: {error}")
         return None
 
     def _is_done(self, swap: Swap) -> bool:
@@ -426,6 +463,8 @@ class PlacementManager:
 
     def _fail(self, reason: AbortReason, why: str) -> None:
         """Want to roll back, and tell the others why."""
+        assert self._swap is not None
+        self._swap.why = why
         self._transaction = self._transaction.abort(reason)
         self._board.explain(self._transaction.epoch, why)
 
@@ -435,7 +474,9 @@ class PlacementManager:
             self._put_in_force(self._fallback, None)
         self._work.roll_back(self._tables)
         self._swap = None
-        why = self._board.explanation(abort.epoch, abort.process)
+        why = swap.why
+        if abort.process != self.group.process:
+            why = self._board.explanation(abort.epoch, abort.process)
         cause = f"{abort.reason.text} (process {abort.process}{f': {why}' if why else ''})"
         if swap.is_returning:
             error = MigrationFailed(
@@ -474,6 +515,38 @@ class PlacementManager:
             # There is one where the plan did not come in force.
             self._pool.submit(self._plan_file.discard)
         return SwapResult(error=error, seconds=time.monotonic() - swap.begun_s)
+
+    def _layers_served(self, model: nn.Module | Iterable[SwapLayer], plan: Plan) -> list[SwapLayer]:
+        """Return the layers in the order of the plan's, which they have to serve."""
+        found = layers_of(model)
+        if sorted(found) != list(plan.placement.layer_ids):
+            raise InvalidInput(
+                f"the model has expert layers {sorted(found)} and the plan "
+                f"{list(plan.placement.layer_ids)}; attach the plan that is served"
+            )
+        layers = [found[layer_id] for layer_id in plan.placement.layer_ids]
+        if len({layer.slots.layout.digest() for layer in layers}) > 1:
+            raise InvalidInput("all layers' experts must have the same tensors; attach equal ones")
+        num_slots = plan.topology.slots_per_rank * self.group.ranks_per_process
+        for layer, slots_S in zip(layers, plan.placement.phys_to_log_LS, strict=True):
+            if layer.slots.num_slots != num_slots:
+                raise InvalidInput(
+                    f"layer {layer.layer_id} has {layer.slots.num_slots} slots on this process and "
+                    f"the plan {num_slots}; attach the plan that is served"
+                )
+            tables = getattr(layer, "tables", None)
+            if isinstance(tables, PlacementTables) and not np.array_equal(
+                tables.phys_to_log_S, slots_S
+            ):
+                raise InvalidInput(
+                    f"layer {layer.layer_id} serves another placement than the plan's; attach the "
+                    "plan that is served"
+                )
+        return layers
+
+    def _check_attached(self) -> None:
+        if self._equipment is None:
+            raise InvalidInput("this manager has no layers yet; attach(model, plan) first")
 
     def _find_row(self, epoch: int, layer: int, slot: int) -> torch.Tensor | None:
         """Return a row that a peer wants to fetch, as long as this process is in the same swap.

@@ -36,7 +36,10 @@ class Prepared:
 
 @dataclass(slots=True, kw_only=True)
 class Swap:
-    """The swap under way on this process."""
+    """The swap under way on this process.
+
+    ``is_abort_asked`` may be set by any thread; ``why`` is this process' own reason to roll back.
+    """
 
     plan: Plan
     prepared: Future[Prepared]
@@ -44,6 +47,8 @@ class Swap:
     begun_s: float
     is_returning: bool = False
     is_published: bool = False
+    is_abort_asked: bool = False
+    why: str | None = None
 
 
 def prepare(

@@ -9,6 +9,7 @@ The request says which swap it is for, and a source that has rolled that back re
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import socket
@@ -22,13 +23,15 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import Store
 
-from eplb.errors import MigrationFailed
+from eplb.errors import InvalidInput, MigrationFailed
 from eplb.runtime.lane import Pacer
 
-__all__ = ["Fetch", "RowFetcher", "RowServer", "own_host"]
+__all__ = ["Fetch", "RowFetcher", "RowServer", "no_address", "own_host"]
 
 _REQUEST = struct.Struct("<16sqqq")
 _GRANTED, _REFUSED = b"\1", b"\0"
+# How long who connects may take to show that it is of the group; a peer asks at once.
+STRANGER_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,14 @@ def own_host() -> str:
         return host
 
 
+def no_address(host: str, error: OSError) -> InvalidInput:
+    """Return the error for an address that nothing can be opened at."""
+    return InvalidInput(
+        f"host {host!r} cannot be listened at ({error.strerror or error}); give host= an address of "
+        "this machine, or leave it out"
+    )
+
+
 class _Handler(socketserver.BaseRequestHandler):
     """Serves one peer until it hangs up."""
 
@@ -63,11 +74,13 @@ class _Handler(socketserver.BaseRequestHandler):
         connection: socket.socket = self.request
         stage = _HostRow()
         request = bytearray(_REQUEST.size)
+        connection.settimeout(STRANGER_S)
         try:
             while _receive_into(connection, memoryview(request)):
                 token, epoch, layer, slot = _REQUEST.unpack(request)
                 if not secrets.compare_digest(token, self.server.token):
                     return
+                connection.settimeout(None)
                 row = self.server.find_row(epoch, layer, slot)
                 if row is None:
                     connection.sendall(_REFUSED)
@@ -89,7 +102,24 @@ class _Server(socketserver.ThreadingTCPServer):
     ) -> None:
         self.token = token
         self.find_row = find_row
+        self._open: set[socket.socket] = set()
         super().__init__((host, 0), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection on a thread of its own."""
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """End a connection that has been served."""
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def hang_up(self) -> None:
+        """Have all threads that serve a connection end; otherwise they do so with their peers."""
+        for connection in self._open.copy():
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
 
 class RowServer:
@@ -101,11 +131,19 @@ class RowServer:
         From the epoch of a swap, the row of a layer and the slot in it to the row of bytes; None
         where that swap is not moving rows here. It is called on other threads.
     host : str
+
+    Raises
+    ------
+    InvalidInput
+        This machine does not have the address.
     """
 
     def __init__(self, find_row: Callable[[int, int, int], torch.Tensor | None], host: str) -> None:
         self._token = secrets.token_bytes(16)
-        self._server = _Server(host, self._token, find_row)
+        try:
+            self._server = _Server(host, self._token, find_row)
+        except OSError as error:
+            raise no_address(host, error) from None
         # How often it looks whether it is to end.
         poll_s = 0.05
         self._thread = threading.Thread(
@@ -122,6 +160,7 @@ class RowServer:
     def close(self) -> None:
         """Stop serving."""
         self._server.shutdown()
+        self._server.hang_up()
         self._server.server_close()
         self._thread.join()
 
@@ -210,7 +249,7 @@ class RowFetcher:
                 if self._cancelled.is_set():
                     break
                 self._fetch(epoch, fetch, stage)
-            except (OSError, RuntimeError, MemoryError, MigrationFailed) as error:
+            except Exception as error:  # noqa: BLE001  (or what was not fetched would count as there)
                 if not self._cancelled.is_set():
                     self._error = _named(error, fetch)
                 break
@@ -238,6 +277,9 @@ class RowFetcher:
             connection = socket.create_connection((host, int(port)), self._timeout_s)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._connections[process] = connection, bytes.fromhex(token)
+            if self._cancelled.is_set():
+                # It may have hung up all connections just before there was this one.
+                raise ConnectionAbortedError("withdrawn")
         return self._connections[process]
 
     def _hang_up(self) -> None:

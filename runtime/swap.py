@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from enum import Enum, IntEnum
 from itertools import accumulate
 
-__all__ = ["Abort", "AbortReason", "Action", "Stage", "Transaction", "abort_of"]
+__all__ = ["Abort", "AbortReason", "Action", "Stage", "Transaction", "abort_of", "epoch_of"]
 
 # A word is epoch << 32 | progress, or -(epoch << 32 | process << 8 | reason) for an abort. An epoch
 # is what is between two ends of swaps; words of another epoch say nothing.
@@ -48,6 +48,7 @@ class AbortReason(IntEnum):
     TRANSFER = 4
     ASKED = 5
     PLANS = 6
+    PREPARING = 7
 
     @property
     def text(self) -> str:
@@ -62,6 +63,7 @@ _REASON_TEXT = {
     AbortReason.TRANSFER: "a transfer failed",
     AbortReason.ASKED: "abort() was called",
     AbortReason.PLANS: "processes do not hold the same plan",
+    AbortReason.PREPARING: "it could not be prepared",
 }
 
 
@@ -93,6 +95,11 @@ class Abort:
     epoch: int
     process: int
     reason: AbortReason
+
+
+def epoch_of(word: int) -> int:
+    """Return the epoch that a word is of."""
+    return abs(word) >> _EPOCH_SHIFT
 
 
 def abort_of(word: int) -> Abort | None:

@@ -34,7 +34,7 @@ from eplb.runtime.ep.reference import reference_output, relative_error
 from eplb.runtime.ep.tables import PlacementTables
 from eplb.runtime.liveness import Liveness, RanksLost
 from eplb.runtime.manager import PlacementManager
-from eplb.runtime.recovery import recover
+from eplb.runtime.recovery import _restore, recover
 from eplb.runtime.swap import Stage
 from eplb.slots import Placement
 from eplb.topology import Topology
@@ -474,6 +474,36 @@ FAULTS_OF_PARTS = {
     "late, switching": partial(late, Stage.SWITCHING, 0),
     "corrupted in its slot, the last part": corrupted_in_slot,
 }
+
+
+def faults_of_one(process, num_processes, folder):
+    """What fails on one process is raised on all at once, and the group is as good as before."""
+    start(process, num_processes, folder)
+    group = make_swap_group(num_processes, folder)
+    plan = swap_plan(0, num_processes, 5)
+    serving = Serving(group, plan, spare_rows=5)
+    serving.manager.close()
+    wrong = swap_plan(1, num_processes, 5) if process == 1 else plan
+    with pytest.raises(InvalidInput, match="process 1: layer 3 serves another placement"):
+        PlacementManager(group, spare_rows=5).attach(serving.layers, wrong)
+    host = "203.0.113.1" if process == 0 else None
+    with pytest.raises(InvalidInput, match=r"process 0: host .203\.0\.113\.1"):
+        PlacementManager(group, spare_rows=5, host=host).attach(serving.layers, plan)
+
+    def load(layer_id, expert):
+        if process == 1:
+            raise KeyError("w1")
+        return serving.load(layer_id, expert)
+
+    nothing = np.full_like(plan.placement.phys_to_log_LS, -1)
+    with pytest.raises(MigrationFailed, match="failed on process 1: KeyError: .w1"):
+        _restore(serving.manager, group, nothing, plan, load)
+    serving.manager = PlacementManager(group, spare_rows=5)
+    serving.manager.attach(serving.layers, plan)
+    serving.swap(swap_plan(2, num_processes, 5))
+    serving.close()
+    group.barrier()
+    dist.destroy_process_group()
 
 
 # Deaths. A process kills itself; the others have to notice, agree, and go on without it.

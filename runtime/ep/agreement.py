@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from eplb.errors import InvalidInput
 from eplb.model import UNKNOWN_MODEL, MoEModel
 from eplb.plan import Plan
 from eplb.runtime.ep.group import EPGroup
 
-__all__ = ["agree_on_plan", "check_plan_of_group", "check_plan_of_model"]
+__all__ = ["agree_on_plan", "check_plan_of_group", "check_plan_of_model", "gather_sound"]
+
+_ERROR = "error: "
 
 
 def check_plan_of_model(plan: Plan, model: MoEModel) -> None:
@@ -58,6 +62,29 @@ def check_plan_of_group(plan: Plan, group: EPGroup) -> None:
         )
 
 
+def gather_sound(group: EPGroup, own: Callable[[], str]) -> list[str]:
+    """Return what every process has to say, in order. Collective, on the host.
+
+    A process that cannot say it makes all of them raise, so that none is left waiting.
+
+    Raises
+    ------
+    InvalidInput
+        ``own`` raised it on some process; the message says on which.
+    ServingFailed
+        A process did not take part.
+    """
+    try:
+        text = own()
+    except InvalidInput as error:
+        text = f"{_ERROR}{error}"
+    found = group.gather_text(text)
+    for process, text in enumerate(found):
+        if text.startswith(_ERROR):
+            raise InvalidInput(f"process {process}: {text.removeprefix(_ERROR)}")
+    return found
+
+
 def agree_on_plan(plan: Plan, model: MoEModel, group: EPGroup) -> None:
     """Raise on every process unless all hold the same plan, and it is for this model and group.
 
@@ -70,16 +97,13 @@ def agree_on_plan(plan: Plan, model: MoEModel, group: EPGroup) -> None:
     ServingFailed
         A process did not take part.
     """
-    try:
+
+    def own() -> str:
         check_plan_of_model(plan, model)
         check_plan_of_group(plan, group)
-        own = plan.digest()
-    except InvalidInput as error:
-        own = f"error: {error}"
-    found = group.gather_text(own)
-    for process, text in enumerate(found):
-        if text.startswith("error: "):
-            raise InvalidInput(f"process {process}: {text.removeprefix('error: ')}")
+        return plan.digest()
+
+    found = gather_sound(group, own)
     if len(set(found)) > 1:
         by_digest = {
             digest[:19]: [p for p, text in enumerate(found) if text == digest] for digest in found

@@ -6,7 +6,14 @@ import pytest
 
 pytest.importorskip("torch")
 
-from swap_ranks import FAULTS, FAULTS_OF_PARTS, faults, random_swaps, run_apart
+from swap_ranks import (
+    FAULTS,
+    FAULTS_OF_PARTS,
+    faults,
+    faults_of_one,
+    random_swaps,
+    run_apart,
+)
 
 # Group, manager, number of swaps.
 CASES = {
@@ -29,3 +36,7 @@ def test_after_every_fault_the_old_placement_serves_on(tmp_path):
 def test_between_the_parts_of_a_switch_all_goes_back(tmp_path):
     options = {"spare_rows": 15, "switch_bytes": 1}
     assert run_apart(faults, 3, tmp_path, list(FAULTS_OF_PARTS), options) == [0, 0, 0]
+
+
+def test_what_fails_on_one_process_keeps_none_of_the_others_waiting(tmp_path):
+    assert run_apart(faults_of_one, 2, tmp_path) == [0, 0]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("torch")
 
-from eplb.errors import ServingFailed
+from eplb.errors import InvalidInput, ServingFailed
+from eplb.runtime.liveness import Liveness
 from eplb.runtime.survivors import View, agreed_digest, agreed_loss, watched_by
 
 
@@ -70,3 +74,93 @@ def test_survivors_that_are_a_switch_apart_have_one_placement_in_common(views, d
 def test_survivors_without_one_in_common_are_told_so():
     with pytest.raises(ServingFailed, match="no placement in common"):
         agreed_digest([View(frozenset(), "a", None), View(frozenset(), "b", None)])
+
+
+class ThreadGroup:
+    """What the watch needs of a group, for threads instead of processes."""
+
+    def __init__(self, process, num_processes, meeting):
+        self.process, self.num_processes, self.ranks_per_process = process, num_processes, 1
+        self.alarm, self.aborted, self._meeting = None, False, meeting
+
+    def gather_text(self, text):
+        barrier, told = self._meeting
+        told[self.process] = text
+        barrier.wait(5)
+        found = [told[p] for p in range(self.num_processes)]
+        barrier.wait(5)
+        return found
+
+    def abort(self):
+        self.aborted = True
+
+
+def watch_in_threads(num, **options):
+    """The watches of a group whose processes are threads, or what each raised."""
+    meeting, made = (threading.Barrier(num), {}), [None] * num
+
+    def begin(process):
+        try:
+            own = {name: value[process] for name, value in options.items()}
+            made[process] = Liveness(ThreadGroup(process, num, meeting), **own)
+        except InvalidInput as error:
+            made[process] = error
+
+    threads = [threading.Thread(target=begin, args=(p,)) for p in range(num)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return made
+
+
+def test_survivors_without_a_common_placement_stop_and_say_why():
+    """One had attached when the third died, and the other had not."""
+    watches = watch_in_threads(
+        3, timeout_s=[0.5] * 3, interval_s=[0.05] * 3, host=["127.0.0.1"] * 3
+    )
+    watches[0].report("a", None)
+    watches[2].close()
+    for one in watches[:2]:
+        with pytest.raises(ServingFailed, match="no placement in common"):
+            one.check(5.0)
+        deadline = time.monotonic() + 5
+        while not one.group.aborted and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert one.group.aborted
+        assert one.loss is None
+        one.close()
+
+
+def test_an_address_that_one_machine_lacks_is_told_to_all():
+    hosts = ["127.0.0.1", "203.0.113.1", "127.0.0.1"]
+    for error in watch_in_threads(3, host=hosts):
+        with pytest.raises(InvalidInput, match=r"process 1: host '203\.0\.113\.1'"):
+            raise error
+
+
+@pytest.mark.parametrize(
+    "times", [(2.0, 2.0), (0.1, 0.2), (2.0, 0.0), (2.0, -1.0), (float("nan"), 0.1)]
+)
+def test_times_that_cannot_be_are_refused(times):
+    timeout_s, interval_s = times
+    with pytest.raises(InvalidInput, match="longer than interval_s"):
+        Liveness(ThreadGroup(0, 1, None), timeout_s=timeout_s, interval_s=interval_s)
+
+
+def test_a_flood_from_strangers_does_not_keep_a_process_from_its_heartbeat():
+    class Flood:
+        def settimeout(self, _):
+            pass
+
+        def recv(self, _):
+            return b"no heartbeat"
+
+    (watch,) = watch_in_threads(1, interval_s=[0.05], host=["127.0.0.1"])
+    watch.close()
+    watch._socket = Flood()
+    heard = []
+    thread = threading.Thread(target=lambda: heard.append(watch._hear()), daemon=True)
+    thread.start()
+    thread.join(5)
+    assert heard == [False], "it returned, and knows that more is unread"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from contextlib import suppress
 
@@ -18,6 +19,7 @@ from torch.distributed import HashStore  # noqa: E402
 
 from eplb.errors import InvalidInput, MigrationFailed  # noqa: E402
 from eplb.runtime import lane as lane_module  # noqa: E402
+from eplb.runtime import row_fetch  # noqa: E402
 from eplb.runtime.in_force import InForce  # noqa: E402
 from eplb.runtime.lane import Pacer, SideLane  # noqa: E402
 from eplb.runtime.row_fetch import Fetch, RowFetcher, RowServer  # noqa: E402
@@ -181,3 +183,74 @@ def test_strangers_get_nothing_and_disturb_nobody(garbage):
         assert torch.equal(source.fetch(3, [5]), source.rows[[5]])
     finally:
         source.close()
+
+
+def wait_until(holds):
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_strangers_that_say_nothing_are_hung_up_on_and_peers_are_not(source, monkeypatch):
+    monkeypatch.setattr(row_fetch, "STRANGER_S", 0.2)
+    source.fetch(3, [1])
+    host, port, _ = source.server.address.split()
+    with socket.create_connection((host, int(port)), 5) as stranger:
+        stranger.sendall(b"GET / HTTP/1.1")
+        assert stranger.recv(1) == b""
+    time.sleep(0.3)
+    before = dict(source.fetcher._connections)
+    assert torch.equal(source.fetch(3, [2]), source.rows[[2]])
+    assert source.fetcher._connections == before, "it was the same connection"
+
+
+def test_a_closed_server_serves_nobody_any_more():
+    """Its threads would hold the model's memory for as long as anybody stays connected."""
+    before = threading.active_count()
+    source = Source()
+    source.fetch(3, [1])
+    host, port, _ = source.server.address.split()
+    with socket.create_connection((host, int(port)), 5):
+        wait_until(lambda: threading.active_count() == before + 3)
+        source.server.close()
+        wait_until(lambda: threading.active_count() == before)
+        with pytest.raises(MigrationFailed):
+            source.fetch(3, [1])
+        source.fetcher.close()
+
+
+@pytest.mark.parametrize("address", ["nonsense", "127.0.0.1 port 00"])
+def test_what_was_not_fetched_never_counts_as_there(source, address):
+    source.store.set("7", address)
+    with pytest.raises(MigrationFailed, match="could not be fetched from process 7"):
+        source.fetch(3, [1])
+
+
+def test_a_fetch_withdrawn_while_it_connects_ends_at_once(source, monkeypatch):
+    """Its peer never answers, and its socket is there only after all were closed."""
+    deaf = socket.create_server(("127.0.0.1", 0))
+    source.fetcher._timeout_s = 60.0
+    connecting, go_on = threading.Event(), threading.Event()
+    original = socket.create_connection
+
+    def slowly(*arguments):
+        made = original(*arguments)
+        connecting.set()
+        go_on.wait(5)
+        return made
+
+    monkeypatch.setattr(row_fetch.socket, "create_connection", slowly)
+    source.store.set("7", f"127.0.0.1 {deaf.getsockname()[1]} 00")
+    source.fetcher.start(3, [Fetch(7, 0, 1, torch.zeros(4096, dtype=torch.uint8))])
+    connecting.wait(5)
+    source.fetcher.cancel()
+    go_on.set()
+    # Long before that.
+    wait_until(lambda: source.fetcher.is_idle)
+    deaf.close()
+
+
+def test_an_address_of_another_machine_is_refused_with_the_remedy():
+    with pytest.raises(InvalidInput, match="host '203.0.113.1' cannot be listened at.*host="):
+        RowServer(lambda *_: None, "203.0.113.1")
