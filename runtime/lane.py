@@ -7,6 +7,7 @@ slowed steps far more. A budget in bytes per second holds them back.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -23,6 +24,8 @@ SAVED_S = 0.02
 class Pacer:
     """Bytes that may go out by now, at a rate; what is not used is not saved up for long.
 
+    Several threads may ask.
+
     Parameters
     ----------
     bytes_per_s : float, optional
@@ -34,23 +37,26 @@ class Pacer:
     def __init__(self, bytes_per_s: float | None, burst_bytes: int) -> None:
         self.bytes_per_s = bytes_per_s
         self.burst_bytes = burst_bytes
+        self._lock = threading.Lock()
         self._credit = float(burst_bytes)
         self._last_s = time.monotonic()
 
     def rest(self) -> None:
         """Nothing is to go out: of what has been saved up, one burst stays."""
         if self.bytes_per_s is not None:
-            self._grow(float(self.burst_bytes))
+            with self._lock:
+                self._grow(float(self.burst_bytes))
 
     def wait_s(self, num_bytes: int) -> float:
         """Return how long to wait until these bytes may go; 0.0 where they may, and then count."""
         if self.bytes_per_s is None:
             return 0.0
-        self._grow(max(2.0 * self.burst_bytes, SAVED_S * self.bytes_per_s))
-        if self._credit < num_bytes:
-            return (num_bytes - self._credit) / self.bytes_per_s
-        self._credit -= num_bytes
-        return 0.0
+        with self._lock:
+            self._grow(max(2.0 * self.burst_bytes, SAVED_S * self.bytes_per_s))
+            if self._credit < num_bytes:
+                return (num_bytes - self._credit) / self.bytes_per_s
+            self._credit -= num_bytes
+            return 0.0
 
     def _grow(self, most: float) -> None:
         assert self.bytes_per_s is not None

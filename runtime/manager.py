@@ -302,6 +302,7 @@ class PlacementManager:
         MigrationFailed
             This process cannot.
         """
+        self._check_attached()
         if self._fallback is not None and digest == self._fallback.digest != self._in_force.digest:
             self._in_force, self._fallback = self._fallback, None
             self._work.roll_back(self._tables)

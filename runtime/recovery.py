@@ -166,7 +166,8 @@ def _together(group: EPGroup, work: BatchWork, stage: Callable[[], None]) -> Non
         while not work.poll():
             work.lane.pump()
             if time.monotonic() > deadline:
-                raise MigrationFailed(f"rows did not arrive within {group.timeout_s:g} s")
+                failure = f"rows did not arrive within {group.timeout_s:g} s"
+                break
             time.sleep(0.0005)
     except EplbError as error:
         failure = str(error)

@@ -32,6 +32,9 @@ _REQUEST = struct.Struct("<16sqqq")
 _GRANTED, _REFUSED = b"\1", b"\0"
 # How long who connects may take to show that it is of the group; a peer asks at once.
 STRANGER_S = 10.0
+# How long a fetch that is withdrawn takes to end; only connecting cannot be interrupted, and a
+# thread that does so ends by itself without touching a row.
+WITHDRAW_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +63,8 @@ def own_host() -> str:
 def no_address(host: str, error: OSError) -> InvalidInput:
     """Return the error for an address that nothing can be opened at."""
     return InvalidInput(
-        f"host {host!r} cannot be listened at ({error.strerror or error}); give host= an address of "
-        "this machine, or leave it out"
+        f"host {host!r} cannot be listened at ({error.strerror or error}); give host= an address "
+        "of this machine, or leave it out"
     )
 
 
@@ -233,11 +236,12 @@ class RowFetcher:
                 continue
 
     def close(self) -> None:
-        """Withdraw and wait for the thread."""
+        """Withdraw, and wait for the thread unless it still waits for a host to answer."""
         self.cancel()
         if self._thread is not None:
-            self._thread.join()
-        self._hang_up()
+            self._thread.join(WITHDRAW_S)
+        if self.is_idle:
+            self._hang_up()
 
     def _run(self, epoch: int, fetches: list[Fetch]) -> None:
         stage = _HostRow()

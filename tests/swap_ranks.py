@@ -496,7 +496,7 @@ def faults_of_one(process, num_processes, folder):
         return serving.load(layer_id, expert)
 
     nothing = np.full_like(plan.placement.phys_to_log_LS, -1)
-    with pytest.raises(MigrationFailed, match="failed on process 1: KeyError: .w1"):
+    with pytest.raises(MigrationFailed, match=r"failed on process 1: KeyError: .w1"):
         _restore(serving.manager, group, nothing, plan, load)
     serving.manager = PlacementManager(group, spare_rows=5)
     serving.manager.attach(serving.layers, plan)

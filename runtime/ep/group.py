@@ -7,6 +7,7 @@ processes. Rank ``r`` is on process ``r // ranks_per_process`` and on node ``r /
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ class EPGroup:
     Raises
     ------
     InvalidInput
-        Ranks do not divide evenly over processes or nodes.
+        Ranks do not divide evenly over processes or nodes, or the timeout is none.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class EPGroup:
         timeout_s: float = 60.0,
         nodes: bool = False,
     ) -> None:
+        _check_timeout(timeout_s)
         self.process_group = process_group
         self.store = store
         self.process = dist.get_rank(process_group)
@@ -115,6 +117,7 @@ class EPGroup:
         InvalidInput
             torchrun's variables are not set, or the backend is neither.
         """
+        _check_timeout(timeout_s)
         missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
         if missing:
             raise InvalidInput(
@@ -297,6 +300,11 @@ def _world() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group is not None
     return group
+
+
+def _check_timeout(timeout_s: float) -> None:
+    if not 0 < timeout_s < math.inf:
+        raise InvalidInput(f"timeout_s must be positive and finite, got {timeout_s}")
 
 
 def _check_division(num_ranks: int, num_processes: int, ranks_per_node: int) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -66,7 +67,7 @@ def test_a_swap_whose_way_back_does_not_fit_is_refused_before_anything_moves(ser
         [[-1, -1, 2, 3, *rest, 0, 1], [0, 1, 2, 3, *rest, 1, 1], [0, 1, 2, 3, *rest, 1, 1]]
     )
     serving = serve(old, spare_rows=1)
-    with pytest.raises(MigrationFailed, match="on the way back.*give spare_rows=2"):
+    with pytest.raises(MigrationFailed, match=r"on the way back.*give spare_rows=2"):
         serving.manager.begin_swap(new)
     serving.check_in_force(old)
     serving.step()
@@ -256,6 +257,13 @@ def test_options_that_cannot_be_are_refused(group, options):
     (name,) = options
     with pytest.raises(InvalidInput, match=name):
         PlacementManager(group, **{"spare_rows": 4, **options})
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_group_has_a_timeout(group, timeout_s):
+    for make in (partial(EPGroup, group.process_group, group.store), EPGroup.from_environment):
+        with pytest.raises(InvalidInput, match="timeout_s"):
+            make(timeout_s=timeout_s)
 
 
 def test_more_lost_experts_than_spare_rows_are_restored(group, serve):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -75,6 +76,28 @@ def test_a_budget_is_kept_over_every_stretch_of_time(rate, size, gaps):
         assert pacer.wait_s(size) == 0.0
         assert pacer.wait_s(size) > 0.0, "rest saves up one burst"
     assert Pacer(None, size).wait_s(10**12) == 0.0
+
+
+def test_two_threads_together_get_no_more_than_the_budget(monkeypatch):
+    """The lane and the fetcher of one process; in no time there is what was saved up."""
+    monkeypatch.setattr(lane_module.time, "monotonic", lambda: 0.0)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        pacer, granted = Pacer(1.0, 100_000), [0, 0]
+
+        def ask(own):
+            while not pacer.wait_s(1):
+                granted[own] += 1
+
+        threads = [threading.Thread(target=ask, args=(own,)) for own in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert sum(granted) == 100_000
 
 
 def test_what_fails_on_the_lane_is_kept_for_the_swap_and_not_raised_into_serving():
@@ -237,20 +260,23 @@ def test_a_fetch_withdrawn_while_it_connects_ends_at_once(source, monkeypatch):
     def slowly(*arguments):
         made = original(*arguments)
         connecting.set()
-        go_on.wait(5)
+        go_on.wait(20)
         return made
 
     monkeypatch.setattr(row_fetch.socket, "create_connection", slowly)
     source.store.set("7", f"127.0.0.1 {deaf.getsockname()[1]} 00")
     source.fetcher.start(3, [Fetch(7, 0, 1, torch.zeros(4096, dtype=torch.uint8))])
     connecting.wait(5)
-    source.fetcher.cancel()
+    # It waits for no host that is gone.
+    source.fetcher.close()
+    assert not source.fetcher.is_idle
     go_on.set()
-    # Long before that.
+    # Long before its timeout.
     wait_until(lambda: source.fetcher.is_idle)
+    assert not source.fetcher._connections
     deaf.close()
 
 
 def test_an_address_of_another_machine_is_refused_with_the_remedy():
-    with pytest.raises(InvalidInput, match="host '203.0.113.1' cannot be listened at.*host="):
+    with pytest.raises(InvalidInput, match=r"host '203\.0\.113\.1' cannot be listened at.*host="):
         RowServer(lambda *_: None, "203.0.113.1")
