@@ -17,7 +17,7 @@ from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.peer_memory import PeerMemory
 from eplb.runtime.lane import Pacer, SideLane
 from eplb.runtime.proposal import ProposalBoard
-from eplb.runtime.row_fetch import RowFetcher, RowServer, own_host
+from eplb.runtime.row_fetch import RowFetcher, RowServer, check_hosts, own_host
 from eplb.runtime.spare_rows import SpareRows
 
 __all__ = ["Equipment"]
@@ -67,7 +67,7 @@ class Equipment:
         Raises
         ------
         InvalidInput
-            Some process' machine does not have its address.
+            Some process' machine does not have its address, or others cannot reach it there.
         """
         row_bytes = layers[0].slots.layout.row_bytes
         memory = PeerMemory(group)
@@ -77,17 +77,18 @@ class Equipment:
 
         def own() -> str:
             servers.append(RowServer(find_row, host))
-            return secrets.token_hex(8)
+            return f"{secrets.token_hex(8)} {host}"
 
         try:
-            told = gather_sound(group, own)
+            told = [text.split() for text in gather_sound(group, own)]
+            check_hosts([host for _, host in told])
         except EplbError:
             for server in servers:
                 server.close()
             raise
         server = servers[0]
         # What others have left in the group's store is none of this one's.
-        store = PrefixStore(told[0], group.store)
+        store = PrefixStore(told[0][0], group.store)
         addresses = PrefixStore("address", store)
         addresses.set(str(group.process), server.address)
         pacer = Pacer(bytes_per_s, row_bytes)

@@ -31,7 +31,7 @@ from torch.distributed.distributed_c10d import Store
 from eplb.errors import EplbError, InvalidInput, ServingFailed
 from eplb.runtime.ep.agreement import gather_sound
 from eplb.runtime.ep.group import EPGroup
-from eplb.runtime.row_fetch import no_address, own_host
+from eplb.runtime.row_fetch import check_hosts, no_address, own_host
 from eplb.runtime.survivors import View, agreed_digest, agreed_loss, watched_by
 
 __all__ = ["Liveness", "Loss", "RanksLost"]
@@ -96,7 +96,8 @@ class Liveness:
     Raises
     ------
     InvalidInput
-        Times that cannot be, or an address that some process' machine does not have.
+        Times that cannot be, or an address that some process' machine does not have or that others
+        cannot reach.
     """
 
     def __init__(
@@ -135,6 +136,7 @@ class Liveness:
 
         try:
             told = [text.split() for text in gather_sound(group, own)]
+            check_hosts([host for host, *_ in told])
         except EplbError:
             self._socket.close()
             raise

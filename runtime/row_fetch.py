@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import Store
 from eplb.errors import InvalidInput, MigrationFailed
 from eplb.runtime.lane import Pacer
 
-__all__ = ["Fetch", "RowFetcher", "RowServer", "no_address", "own_host"]
+__all__ = ["Fetch", "RowFetcher", "RowServer", "check_hosts", "no_address", "own_host"]
 
 _REQUEST = struct.Struct("<16sqqq")
 _GRANTED, _REFUSED = b"\1", b"\0"
@@ -66,6 +66,25 @@ def no_address(host: str, error: OSError) -> InvalidInput:
         f"host {host!r} cannot be listened at ({error.strerror or error}); give host= an address "
         "of this machine, or leave it out"
     )
+
+
+def check_hosts(hosts: Sequence[str]) -> None:
+    """Raise where processes would look for another machine's on their own.
+
+    A machine whose name is a loopback address in its own /etc/hosts finds that for itself.
+
+    Raises
+    ------
+    InvalidInput
+        Some addresses are of the loopback interface, and others are not.
+    """
+    local = [p for p, host in enumerate(hosts) if host.startswith("127.") or host == "localhost"]
+    if 0 < len(local) < len(hosts):
+        raise InvalidInput(
+            f"process{'es' * (len(local) > 1)} {', '.join(map(str, local))} can be reached at "
+            f"{hosts[local[0]]} only, which other machines take for themselves; give host= the "
+            "address in their network, or make MASTER_ADDR an address and not a name"
+        )
 
 
 class _Handler(socketserver.BaseRequestHandler):

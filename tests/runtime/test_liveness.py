@@ -139,6 +139,14 @@ def test_an_address_that_one_machine_lacks_is_told_to_all():
             raise error
 
 
+def test_an_address_that_means_every_machine_its_own_is_told_to_all():
+    """As of a machine whose /etc/hosts has its name at 127.0.1.1; others would take it for dead."""
+    elsewhere = "0.0.0.0"  # noqa: S104  (any other address that this machine has)
+    for error in watch_in_threads(3, host=["127.0.0.1", elsewhere, elsewhere]):
+        with pytest.raises(InvalidInput, match=r"process 0 can be reached at 127\.0\.0\.1 only"):
+            raise error
+
+
 @pytest.mark.parametrize(
     "times", [(2.0, 2.0), (0.1, 0.2), (2.0, 0.0), (2.0, -1.0), (float("nan"), 0.1)]
 )
