@@ -96,8 +96,8 @@ class PlacementManager:
             raise InvalidInput(f"spare_rows ({spare_rows}) must be at least 1")
         if bytes_per_s is not None and not bytes_per_s > 0:
             raise InvalidInput(f"bytes_per_s must be positive, got {bytes_per_s}")
-        if switch_bytes is not None and not switch_bytes >= 1:
-            raise InvalidInput(f"switch_bytes must be at least 1, got {switch_bytes}")
+        if switch_bytes is not None and not 1 <= switch_bytes < math.inf:
+            raise InvalidInput(f"switch_bytes must be at least 1, or None, got {switch_bytes}")
         for name, seconds in (("deadline_s", deadline_s), ("alarm_s", alarm_s)):
             if not 0 < seconds < math.inf:
                 raise InvalidInput(f"{name} must be positive and finite, got {seconds}")
@@ -271,6 +271,7 @@ class PlacementManager:
     @property
     def plan(self) -> Plan:
         """The plan in force; while a swap changes layer after layer, what is in force of both."""
+        self._check_attached()
         return self._in_force.plan()
 
     def successor(self, group: EPGroup, liveness: Liveness) -> PlacementManager:

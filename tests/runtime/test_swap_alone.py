@@ -224,7 +224,12 @@ def test_close_in_the_middle_of_a_swap_ends_all_threads(serve, stage):
 
 def test_a_manager_without_layers_says_so_and_can_be_closed(group):
     manager = PlacementManager(group, spare_rows=4)
-    for call in (manager.step, manager.status, lambda: manager.begin_swap(plan(1))):
+    for call in (
+        manager.step,
+        manager.status,
+        lambda: manager.plan,
+        lambda: manager.begin_swap(plan(1)),
+    ):
         with pytest.raises(InvalidInput, match=r"attach\(model, plan\) first"):
             call()
     manager.close()
@@ -247,10 +252,11 @@ def test_layers_are_attached_once_and_with_what_they_serve(group, serve):
 @pytest.mark.parametrize(
     "options",
     [
-        {"spare_rows": 0}, {"spare_rows": -1}, {"bytes_per_s": 0}, {"bytes_per_s": float("nan")},
-        {"switch_bytes": 0}, {"switch_bytes": float("nan")}, {"deadline_s": float("nan")},
-        {"deadline_s": -1.0}, {"deadline_s": float("inf")}, {"alarm_s": 0.0},
-        {"alarm_s": float("nan")},
+        {"spare_rows": 0}, {"spare_rows": -1},
+        {"bytes_per_s": 0}, {"bytes_per_s": float("nan")},
+        {"switch_bytes": 0}, {"switch_bytes": float("nan")}, {"switch_bytes": float("inf")},
+        {"deadline_s": -1.0}, {"deadline_s": float("nan")}, {"deadline_s": float("inf")},
+        {"alarm_s": 0.0}, {"alarm_s": float("nan")},
     ],
 )  # fmt: skip
 def test_options_that_cannot_be_are_refused(group, options):
