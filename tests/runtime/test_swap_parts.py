@@ -230,14 +230,18 @@ def test_strangers_that_say_nothing_are_hung_up_on_and_peers_are_not(source, mon
 
 def test_a_closed_server_serves_nobody_any_more():
     """Its threads would hold the model's memory for as long as anybody stays connected."""
-    before = threading.active_count()
+    before = set(threading.enumerate())
+
+    def number():
+        return len(set(threading.enumerate()) - before)
+
     source = Source()
     source.fetch(3, [1])
     host, port, _ = source.server.address.split()
     with socket.create_connection((host, int(port)), 5):
-        wait_until(lambda: threading.active_count() == before + 3)
+        wait_until(lambda: number() == 3)
         source.server.close()
-        wait_until(lambda: threading.active_count() == before)
+        wait_until(lambda: number() == 0)
         with pytest.raises(MigrationFailed):
             source.fetch(3, [1])
         source.fetcher.close()
