@@ -15,9 +15,11 @@ from eplb.runtime.batch_work import BatchWork, SwapLayer
 from eplb.runtime.ep.agreement import gather_sound
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.peer_memory import PeerMemory
+from eplb.runtime.hosts import check_hosts, own_host
 from eplb.runtime.lane import Pacer, SideLane
 from eplb.runtime.proposal import ProposalBoard
-from eplb.runtime.row_fetch import RowFetcher, RowServer, check_hosts, own_host
+from eplb.runtime.row_fetch import RowFetcher
+from eplb.runtime.row_server import RowServer
 from eplb.runtime.spare_rows import SpareRows
 
 __all__ = ["Equipment"]
@@ -58,7 +60,7 @@ class Equipment:
         Parameters
         ----------
         find_row
-            See :class:`~eplb.runtime.row_fetch.RowServer`.
+            See :class:`~eplb.runtime.row_server.RowServer`.
         timeout_s : float
             How long a peer that is fetched from may send nothing.
         host : str, optional

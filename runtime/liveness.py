@@ -31,7 +31,7 @@ from torch.distributed.distributed_c10d import Store
 from eplb.errors import EplbError, InvalidInput, ServingFailed
 from eplb.runtime.ep.agreement import gather_sound
 from eplb.runtime.ep.group import EPGroup
-from eplb.runtime.row_fetch import check_hosts, no_address, own_host
+from eplb.runtime.hosts import check_hosts, no_address, own_host
 from eplb.runtime.survivors import View, agreed_digest, agreed_loss, watched_by
 
 __all__ = ["Liveness", "Loss", "RanksLost"]

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -31,8 +30,9 @@ from eplb.runtime.equipment import Equipment
 from eplb.runtime.in_force import InForce
 from eplb.runtime.liveness import Liveness
 from eplb.runtime.moves import layer_batches
-from eplb.runtime.preparation import Prepared, Swap, TablesOf, layers_of, prepare
+from eplb.runtime.preparation import Prepared, Swap, TablesOf, prepare
 from eplb.runtime.proposal import Proposal, check_successor
+from eplb.runtime.served_layers import layers_served
 from eplb.runtime.staged_plan import StagedPlan
 from eplb.runtime.swap import Abort, AbortReason, Action, Stage, Transaction, abort_of, epoch_of
 from eplb.runtime.swap_status import SwapResult, SwapStatus
@@ -138,7 +138,7 @@ class PlacementManager:
         layers: list[SwapLayer] = []
 
         def own() -> str:
-            layers[:] = self._layers_served(model, plan)
+            layers[:] = layers_served(model, plan, self.group)
             row_bytes = layers[0].slots.layout.row_bytes
             self._layout_digest = layers[0].slots.layout.digest()
             self._rows_per_step = (
@@ -517,34 +517,6 @@ class PlacementManager:
             # There is one where the plan did not come in force.
             self._pool.submit(self._plan_file.discard)
         return SwapResult(error=error, seconds=time.monotonic() - swap.begun_s)
-
-    def _layers_served(self, model: nn.Module | Iterable[SwapLayer], plan: Plan) -> list[SwapLayer]:
-        """Return the layers in the order of the plan's, which they have to serve."""
-        found = layers_of(model)
-        if sorted(found) != list(plan.placement.layer_ids):
-            raise InvalidInput(
-                f"the model has expert layers {sorted(found)} and the plan "
-                f"{list(plan.placement.layer_ids)}; attach the plan that is served"
-            )
-        layers = [found[layer_id] for layer_id in plan.placement.layer_ids]
-        if len({layer.slots.layout.digest() for layer in layers}) > 1:
-            raise InvalidInput("all layers' experts must have the same tensors; attach equal ones")
-        num_slots = plan.topology.slots_per_rank * self.group.ranks_per_process
-        for layer, slots_S in zip(layers, plan.placement.phys_to_log_LS, strict=True):
-            if layer.slots.num_slots != num_slots:
-                raise InvalidInput(
-                    f"layer {layer.layer_id} has {layer.slots.num_slots} slots on this process and "
-                    f"the plan {num_slots}; attach the plan that is served"
-                )
-            tables = getattr(layer, "tables", None)
-            if isinstance(tables, PlacementTables) and not np.array_equal(
-                tables.phys_to_log_S, slots_S
-            ):
-                raise InvalidInput(
-                    f"layer {layer.layer_id} serves another placement than the plan's; attach the "
-                    "plan that is served"
-                )
-        return layers
 
     def _check_attached(self) -> None:
         if self._equipment is None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from eplb.arrays import IntArray
-from eplb.errors import InvalidInput
 from eplb.plan import Plan
-from eplb.runtime.batch_work import SwapLayer
 from eplb.runtime.ep.group import EPGroup
-from eplb.runtime.ep.layer import EPMoELayer
 from eplb.runtime.moves import Arrivals, swap_batches
 from eplb.runtime.staged_plan import StagedPlan
 from eplb.runtime.turns import Turns
 
-__all__ = ["Prepared", "Swap", "TablesOf", "layers_of", "prepare"]
+__all__ = ["Prepared", "Swap", "TablesOf", "prepare"]
 
 TablesOf = Callable[[Plan, int, EPGroup], Any]
 
@@ -92,20 +88,3 @@ def prepare(
     if group.device.type == "cuda":
         torch.cuda.current_stream().synchronize()
     return Prepared(digest=digest, batches=batches, tables=tables)
-
-
-def layers_of(model: nn.Module | Iterable[SwapLayer]) -> dict[int, SwapLayer]:
-    """Return the layers by their id."""
-    layers: Iterable[SwapLayer] = (
-        [module for module in model.modules() if isinstance(module, EPMoELayer)]
-        if isinstance(model, nn.Module)
-        else model
-    )
-    found: dict[int, SwapLayer] = {}
-    for layer in layers:
-        if layer.layer_id in found:
-            raise InvalidInput(f"two layers have the id {layer.layer_id}; attach each once")
-        found[layer.layer_id] = layer
-    if not found:
-        raise InvalidInput("the model has no expert-parallel layer; give the layers themselves")
-    return found

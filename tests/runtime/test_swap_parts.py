@@ -20,10 +20,11 @@ from torch.distributed import HashStore  # noqa: E402
 
 from eplb.errors import InvalidInput, MigrationFailed  # noqa: E402
 from eplb.runtime import lane as lane_module  # noqa: E402
-from eplb.runtime import row_fetch  # noqa: E402
+from eplb.runtime import row_fetch, row_server  # noqa: E402
 from eplb.runtime.in_force import InForce  # noqa: E402
 from eplb.runtime.lane import Pacer, SideLane  # noqa: E402
-from eplb.runtime.row_fetch import Fetch, RowFetcher, RowServer  # noqa: E402
+from eplb.runtime.row_fetch import Fetch, RowFetcher  # noqa: E402
+from eplb.runtime.row_server import RowServer  # noqa: E402
 from eplb.runtime.spare_rows import SpareRows  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -216,7 +217,7 @@ def wait_until(holds):
 
 
 def test_strangers_that_say_nothing_are_hung_up_on_and_peers_are_not(source, monkeypatch):
-    monkeypatch.setattr(row_fetch, "STRANGER_S", 0.2)
+    monkeypatch.setattr(row_server, "STRANGER_S", 0.2)
     source.fetch(3, [1])
     host, port, _ = source.server.address.split()
     with socket.create_connection((host, int(port)), 5) as stranger:
