@@ -217,8 +217,8 @@ def wait_until(holds):
 
 
 def test_strangers_that_say_nothing_are_hung_up_on_and_peers_are_not(source, monkeypatch):
-    monkeypatch.setattr(row_server, "STRANGER_S", 0.2)
     source.fetch(3, [1])
+    monkeypatch.setattr(row_server, "STRANGER_S", 0.2)
     host, port, _ = source.server.address.split()
     with socket.create_connection((host, int(port)), 5) as stranger:
         stranger.sendall(b"GET / HTTP/1.1")
