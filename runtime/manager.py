@@ -29,7 +29,12 @@ from eplb.runtime.ep.tables import PlacementTables
 from eplb.runtime.equipment import Equipment
 from eplb.runtime.in_force import InForce
 from eplb.runtime.liveness import Liveness
-from eplb.runtime.moves import layer_batches
+from eplb.runtime.moves import (
+    arriving_slots,
+    check_spare_rows,
+    layer_batches,
+    rows_per_process,
+)
 from eplb.runtime.preparation import Prepared, Swap, TablesOf, prepare
 from eplb.runtime.proposal import Proposal, check_successor
 from eplb.runtime.served_layers import layers_served
@@ -317,11 +322,17 @@ class PlacementManager:
 
     def _begin(self, plan: Plan, *, is_returning: bool = False) -> None:
         old_LS, new_LS = self._in_force.slots_LS(), plan.placement.phys_to_log_LS
-        batches = self._batches(old_LS, new_LS)
+        batches = layer_batches(
+            arriving_slots(old_LS, new_LS), self._slots_per_process, self.spare_rows,
+            self._rows_per_step,
+        )  # fmt: skip
         if len(batches) > 1 and not is_returning:
             # Slots that the new plan leaves empty arrive on the way back only.
+            back_LS = arriving_slots(new_LS, self._in_force.old.placement.phys_to_log_LS)
             try:
-                self._batches(new_LS, self._in_force.old.placement.phys_to_log_LS)
+                check_spare_rows(
+                    rows_per_process(back_LS, self._slots_per_process), self.spare_rows
+                )
             except MigrationFailed as error:
                 raise MigrationFailed(f"on the way back, should the swap fail: {error}") from None
         # Peers may still be reading what was said of the last one.
@@ -337,12 +348,6 @@ class PlacementManager:
         self._transaction = self._transaction.begin(map(len, batches))
         self._returning_from = None
         self._progress_s = now_s
-
-    def _batches(self, old_LS: IntArray, new_LS: IntArray) -> list[list[list[int]]]:
-        return layer_batches(
-            (new_LS != old_LS) & (new_LS >= 0), self._slots_per_process, self.spare_rows,
-            self._rows_per_step,
-        )  # fmt: skip
 
     def _submit(
         self, old_LS: IntArray, plan: Plan, plan_file: StagedPlan | None

@@ -18,7 +18,16 @@ from eplb.errors import MigrationFailed
 from eplb.placement.migration import find_migration
 from eplb.placement.schedule import schedule_moves
 
-__all__ = ["CHECKPOINT", "Arrivals", "find_arrivals", "layer_batches", "swap_batches"]
+__all__ = [
+    "CHECKPOINT",
+    "Arrivals",
+    "arriving_slots",
+    "check_spare_rows",
+    "find_arrivals",
+    "layer_batches",
+    "rows_per_process",
+    "swap_batches",
+]
 
 # Sources of rows that no slot holds: they are loaded from the checkpoint.
 CHECKPOINT = -1
@@ -106,14 +115,44 @@ def swap_batches(
         More slots of one layer and process change than there are spare rows.
     """
     slots_per_process = slots_per_rank * ranks_per_process
-    changed_LS = (new_LS != old_LS) & (new_LS >= 0)
-    batches = layer_batches(changed_LS, slots_per_process, spare_rows, rows_per_step)
+    batches = layer_batches(
+        arriving_slots(old_LS, new_LS), slots_per_process, spare_rows, rows_per_step
+    )
     for parts in batches:
         yield find_arrivals(
             old_LS, new_LS, parts,
             slots_per_rank=slots_per_rank, slots_per_process=slots_per_process,
             ranks_per_node=ranks_per_node,
         )  # fmt: skip
+
+
+def arriving_slots(old_LS: IntArray, new_LS: IntArray) -> np.ndarray:
+    """Return which slots get another expert, bool [L, S]; emptied ones get none."""
+    arriving_LS: np.ndarray = (new_LS != old_LS) & (new_LS >= 0)
+    return arriving_LS
+
+
+def rows_per_process(changed_LS: np.ndarray, slots_per_process: int) -> IntArray:
+    """Return how many of these slots of each layer are on each process, [L, P]."""
+    count_LP: IntArray = changed_LS.reshape(len(changed_LS), -1, slots_per_process).sum(axis=2)
+    return count_LP
+
+
+def check_spare_rows(count_LP: IntArray, spare_rows: int) -> None:
+    """Raise unless the rows of each layer can wait on each process.
+
+    Raises
+    ------
+    MigrationFailed
+        A layer alone needs more spare rows.
+    """
+    most = int(count_LP.max(initial=0))
+    if most > spare_rows:
+        layer, process = np.argwhere(count_LP == most)[0]
+        raise MigrationFailed(
+            f"{most} slots of one layer (row {layer}) change on process {process}, and "
+            f"{spare_rows} rows can wait there; give spare_rows={most}, or move fewer experts"
+        )
 
 
 def layer_batches(
@@ -133,15 +172,8 @@ def layer_batches(
     MigrationFailed
         A layer alone needs more spare rows.
     """
-    num_layers = len(changed_LS)
-    count_LP = changed_LS.reshape(num_layers, -1, slots_per_process).sum(axis=2)
-    most = int(count_LP.max(initial=0))
-    if most > spare_rows:
-        layer, process = np.argwhere(count_LP == most)[0]
-        raise MigrationFailed(
-            f"{most} slots of one layer (row {layer}) change on process {process}, and "
-            f"{spare_rows} rows can wait there; give spare_rows={most}, or move fewer experts"
-        )
+    count_LP = rows_per_process(changed_LS, slots_per_process)
+    check_spare_rows(count_LP, spare_rows)
     batches: list[list[list[int]]] = [[[]]]
     waiting_P = np.zeros(count_LP.shape[1], np.int64)
     put_in_P = waiting_P.copy()
@@ -171,7 +203,7 @@ def find_arrivals(
     """Return the rows of one batch of layers with their sources, rounds and spare rows."""
     layers = [layer for part in parts for layer in part]
     old, new = old_LS[layers], new_LS[layers]
-    row_M, slot_M = np.nonzero((new != old) & (new >= 0))
+    row_M, slot_M = np.nonzero(arriving_slots(old, new))
     expert_M = new[row_M, slot_M]
     source_rank_M = slot_M // slots_per_rank
     round_M = np.full(len(slot_M), -1)

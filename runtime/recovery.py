@@ -28,7 +28,7 @@ from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.equipment import Equipment
 from eplb.runtime.liveness import Liveness
 from eplb.runtime.manager import PlacementManager
-from eplb.runtime.moves import CHECKPOINT, swap_batches
+from eplb.runtime.moves import CHECKPOINT, arriving_slots, rows_per_process, swap_batches
 from eplb.topology import Topology
 
 __all__ = ["Recovery", "plan_of_survivors", "recover", "regroup"]
@@ -124,9 +124,8 @@ def _restore(
     layers, per_rank = manager.layers, plan.topology.slots_per_rank
     # Serving stands still, so a layer whose lost experts are many must not fail for want of rows.
     wanted_LS = plan.placement.phys_to_log_LS
-    arrives_LS = (wanted_LS != held_LS) & (wanted_LS >= 0)
-    by_process = arrives_LS.reshape(len(layers), group.num_processes, -1).sum(axis=2)
-    spare_rows = max(manager.spare_rows, int(by_process.max()))
+    count_LP = rows_per_process(arriving_slots(held_LS, wanted_LS), layers[0].slots.num_slots)
+    spare_rows = max(manager.spare_rows, int(count_LP.max()))
     equipment = Equipment.connect(
         group, layers, manager.checksum_LE, lambda _, layer, slot: layers[layer].slots.rows[slot],
         spare_rows=spare_rows, bytes_per_s=None, timeout_s=group.timeout_s,

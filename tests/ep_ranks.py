@@ -26,6 +26,7 @@ from eplb.runtime.ep.expert_slots import ExpertSlots
 from eplb.runtime.ep.experts import gated_layout
 from eplb.runtime.ep.group import EPGroup
 from eplb.runtime.ep.layer import EPMoELayer
+from eplb.runtime.ep.peer_buffers import PeerBuffers
 from eplb.runtime.ep.reference import reference_output, relative_error
 from eplb.runtime.ep.tables import PlacementTables
 from eplb.slots import Placement
@@ -33,6 +34,7 @@ from eplb.topology import Topology
 
 LAYER_ID = 3
 SPLITS = ("even", "nearest", "weighted", "batch")
+MOST_TOKENS = 20
 
 
 def start(process: int, num_processes: int, folder: str, timeout_s: float = 60.0) -> None:
@@ -204,12 +206,17 @@ def random_plans(process, num_processes, folder, cases):
     dist.destroy_process_group()
 
 
-def random_plan_error(group, seed, options):
+def seeded_plan(group, seed):
+    """A random plan of a random model; the split rules in turn."""
     rng = np.random.default_rng(seed)
     num_experts = int(rng.integers(2, 17))
     top_k = int(rng.integers(1, min(num_experts, 6) + 1))
-    split = SPLITS[seed % len(SPLITS)]
-    plan = random_plan(rng, group, num_experts, top_k, split=split)
+    return random_plan(rng, group, num_experts, top_k, split=SPLITS[seed % len(SPLITS)])
+
+
+def random_plan_error(group, seed, options):
+    plan = seeded_plan(group, seed)
+    num_experts, top_k = plan.model.num_experts, plan.model.top_k
     layer, experts = build(group, plan, seed, **options)
     hidden = options.get("hidden", 16)
     worst = 0.0
@@ -224,6 +231,46 @@ def random_plan_error(group, seed, options):
         assert layer.word_min == 10 * seed
         assert_nothing_lost(layer, topk, group)
     return agreed_maximum(worst, group)
+
+
+def buffers_for(group, plan, hidden, options):
+    """Peer memory with room for :func:`drawn` batches."""
+    return PeerBuffers(
+        group, max_tokens=MOST_TOKENS, hidden_size=hidden, top_k=plan.model.top_k,
+        slots_per_rank=plan.topology.slots_per_rank, num_experts=plan.model.num_experts,
+        payload=options["payload"], micro_batches=options.get("micro_batches", 1),
+    )  # fmt: skip
+
+
+def drawn(group, plan, hidden, dtype, *seed, most=MOST_TOKENS):
+    """A batch of this process, on its device."""
+    own = np.random.default_rng([*seed, group.process])
+    num_tokens = int(own.choice([n for n in (0, 1, 2, 7, 20) if n <= most]))
+    x, topk, weight = batch(own, plan.model.num_experts, hidden, plan.model.top_k, num_tokens)
+    return x.to(group.device, dtype), topk.to(group.device), weight.to(group.device)
+
+
+def check_over_peers(group, seed, options, bound):
+    """Two batches under a random plan over peer memory, each followed by a fault."""
+    plan = seeded_plan(group, seed)
+    hidden, dtype = options.get("hidden", 16), options.get("dtype", torch.float32)
+    peers = buffers_for(group, plan, hidden, options)
+    layer, experts = build(group, plan, seed, peers=peers, **options)
+    for step in range(2):
+        x, topk, weight = drawn(group, plan, hidden, dtype, seed, step)
+        layer.word = 10 * seed + group.process
+        error = check_batch(layer, experts, x, topk, weight)
+        assert error < bound, (options, seed, step, error)
+        assert layer.word_min == 10 * seed
+        assert_nothing_lost(layer, topk, group)
+        # A fault on one process is told on all, and the next forward is served.
+        spoilt = torch.ones(1, hidden, device=group.device, dtype=dtype)
+        spoilt[0, 3] = torch.nan if group.process == 0 else 1.0
+        one = topk.new_zeros(1, plan.model.top_k), weight.new_ones(1, plan.model.top_k)
+        with pytest.raises(ServingFailed, match="process 0 are not finite"):
+            _ = check_batch(layer, experts, spoilt, *one), layer.word_min
+        layer.routing.clear()
+    peers.close()
 
 
 def agreed_maximum(value, group):

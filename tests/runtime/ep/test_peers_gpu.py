@@ -19,8 +19,11 @@ from ep_ranks import (  # noqa: E402
     SPLITS,
     assert_nothing_lost,
     batch,
+    buffers_for,
     build,
     check_batch,
+    check_over_peers,
+    drawn,
     make_group,
     random_plan,
     spawn,
@@ -28,12 +31,10 @@ from ep_ranks import (  # noqa: E402
 
 from eplb.errors import InvalidInput, ServingFailed  # noqa: E402
 from eplb.runtime.ep.layer import EPMoELayer  # noqa: E402
-from eplb.runtime.ep.peer_buffers import PeerBuffers  # noqa: E402
 from eplb.runtime.ep.reference import reference_output, relative_error  # noqa: E402
 from eplb.runtime.manager import PlacementManager  # noqa: E402
 
 PROCESSES = min(torch.cuda.device_count(), 4)
-MOST_TOKENS = 20
 NARROW = {"payload": "fp32", "hidden": 64, "inner": 32}
 WIDE = {"hidden": 512, "inner": 256, "dtype": torch.bfloat16}
 CASES = {
@@ -55,46 +56,11 @@ def start(process, folder, **options):
     return make_group(PROCESSES, folder, device=device, **options)
 
 
-def buffers_for(group, plan, hidden, options):
-    return PeerBuffers(
-        group, max_tokens=MOST_TOKENS, hidden_size=hidden, top_k=plan.model.top_k,
-        slots_per_rank=plan.topology.slots_per_rank, num_experts=plan.model.num_experts,
-        payload=options["payload"], micro_batches=options.get("micro_batches", 1),
-    )  # fmt: skip
-
-
-def drawn(group, plan, hidden, dtype, *seed, most=MOST_TOKENS):
-    own = np.random.default_rng([*seed, group.process])
-    num_tokens = int(own.choice([n for n in (0, 1, 2, 7, 20) if n <= most]))
-    x, topk, weight = batch(own, plan.model.num_experts, hidden, plan.model.top_k, num_tokens)
-    return x.to(group.device, dtype), topk.to(group.device), weight.to(group.device)
-
-
 def cases(process, _, folder, num_ranks):
     group = start(process, folder, num_ranks=num_ranks)
     for options, bound in CASES.values():
-        hidden, dtype = options["hidden"], options.get("dtype", torch.float32)
         for seed in range(8):
-            rng = np.random.default_rng(seed)
-            num_experts = int(rng.integers(2, 17))
-            top_k = int(rng.integers(1, min(num_experts, 6) + 1))
-            plan = random_plan(rng, group, num_experts, top_k, split=SPLITS[seed % len(SPLITS)])
-            peers = buffers_for(group, plan, hidden, options)
-            layer, experts = build(group, plan, seed, peers=peers, **options)
-            for step in range(2):
-                x, topk, weight = drawn(group, plan, hidden, dtype, seed, step)
-                layer.word = 10 * seed + process
-                assert check_batch(layer, experts, x, topk, weight) < bound
-                assert layer.word_min == 10 * seed
-                assert_nothing_lost(layer, topk, group)
-                # A fault on one process is told on all, and the next forward is served.
-                spoilt = torch.ones(1, hidden, device=group.device, dtype=dtype)
-                spoilt[0, 3] = torch.nan if process == 0 else 1.0
-                one = topk.new_zeros(1, top_k), weight.new_ones(1, top_k)
-                with pytest.raises(ServingFailed, match="process 0 are not finite"):
-                    _ = check_batch(layer, experts, spoilt, *one), layer.word_min
-                layer.routing.clear()
-            peers.close()
+            check_over_peers(group, seed, options, bound)
     group.barrier()
     dist.destroy_process_group()
 
